@@ -16,7 +16,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["lowrank*"]),
-    package_data={"lowrank": ["py.typed"], "lowrank.recipes": ["*.yaml"], "lowrank.data": ["*/*.jsonl", "*/*.yaml", "*/*.txt", "*/*.md"]},
+    package_data={
+        "lowrank": ["py.typed"],
+        "lowrank.recipes": ["*.yaml"],
+        "lowrank.data": ["*/*.jsonl", "*/*.yaml", "*/*.txt", "*/*.md"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6,<3.10; platform_system == 'Linux'",

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" (did you mean 'rank'?)" for the nearest known name, or "" where none is near."""
+    """ " (did you mean 'rank'?)" for the nearest known name, or "" where none is near."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

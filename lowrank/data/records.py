@@ -51,7 +51,9 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
     known = [f.name for f in fields(Record)]
     for name, value in row.items():
         if name not in known:
-            raise FileFormatError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+            raise FileFormatError(
+                f"{where}: unknown field {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+            )
         wanted = list if name in ("messages", "facts") else str
         if not isinstance(value, wanted):
             raise FileFormatError(f"{where}: field {name!r} must be a {wanted.__name__}, got {type(value).__name__}")
@@ -61,9 +63,13 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
     for message in row.get("messages", ()):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
-            raise FileFormatError(f"{where}: a message needs a role among {', '.join(ROLES)} and a content string, got {message}")
+            raise FileFormatError(
+                f"{where}: a message needs a role among {', '.join(ROLES)} and a content string, got {message}"
+            )
     if row.get("kind", "qa") not in KINDS:
-        raise FileFormatError(f"{where}: kind must be one of {', '.join(KINDS)}, got {row['kind']!r}{did_you_mean(row['kind'], KINDS)}")
+        raise FileFormatError(
+            f"{where}: kind must be one of {', '.join(KINDS)}, got {row['kind']!r}{did_you_mean(row['kind'], KINDS)}"
+        )
     record = Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
     if not (record.messages or record.instruction):
         raise FileFormatError(f"{where}: a record needs 'instruction' or 'messages'")

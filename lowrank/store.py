@@ -1,0 +1,170 @@
+"""Adapter folders: `adapter.safetensors` (the tensors) and `adapter.json` (what they are and what they belong to).
+
+The file holds no time of day: the same run gives the same bytes. Loading is strict: a missing, foreign or misshapen
+tensor is an error, and so is another base model, unless forced.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.active import activate
+from lowrank.adapter import METHODS, adapted_layers, require_adapter
+from lowrank.errors import FileFormatError, unknown
+from lowrank.files import read_json, read_tensors, write_json, write_tensors
+from lowrank.targets import attach, attachments, detach, train_only
+
+VERSION = 1
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's own tensors: "model.layers.0.self_attn.q_proj.lora_A" -> (R, I)."""
+    return {
+        f"{path}.{key}": value.detach()
+        for path, layer in adapted_layers(model, name)
+        for key, value in layer.adapters[name].state_dict().items()
+    }
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", format: str = "lowrank") -> None:
+    """Write the adapter `name` into `folder`, atomically, file by file; the description comes last."""
+    require_adapter(model, [name])
+    if format == "peft":
+        from lowrank.peft_format import save_peft
+
+        save_peft(model, folder, name)
+        return
+    if format != "lowrank":
+        raise unknown("adapter format", format, ("lowrank", "peft"))
+    attachment = attachments(model)[name]
+    write_tensors(Path(folder) / TENSORS, adapter_state(model, name), {"format": "lowrank", "version": str(VERSION)})
+    write_json(Path(folder) / DESCRIPTION, describe(model, name) | {"layers": list(attachment.layers)})
+
+
+def describe(model: nn.Module, name: str) -> dict[str, Any]:
+    """What adapter.json says of an adapter, its layers left out."""
+    attachment = attachments(model)[name]
+    origin = getattr(model, "origin", None)
+    return {
+        "format": "lowrank",
+        "version": VERSION,
+        "method": attachment.method,
+        "config": asdict(attachment.config),
+        "targets": attachment.targets,
+        "train_also": list(attachment.train_also),
+        "base_hash": getattr(origin, "base_hash", None),
+        "tokenizer_hash": getattr(origin, "tokenizer_hash", None),
+        "chat_template": getattr(origin, "chat_template", None),
+    }
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False, force: bool = False
+) -> str:
+    """Attach the adapter in `folder`, make it the only active one and return its name (the folder's, unless given).
+
+    It is frozen unless `trainable`. Raises FileFormatError for a damaged or foreign file and ValueError for another
+    base model (`force=True` loads it all the same); the model is then as it was.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file() and not (folder / DESCRIPTION).is_file():
+        from lowrank.peft_format import load_peft
+
+        return load_peft(model, folder, name, trainable)
+    if not (folder / DESCRIPTION).is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: neither {DESCRIPTION} nor adapter_config.json is there")
+    description = _checked_description(folder)
+    _check_base(model, description, folder, force)
+    method = METHODS[description["method"]]
+    try:
+        config = method.Config(**description["config"])
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"{folder / DESCRIPTION}: the configuration does not fit method {description['method']!r}: {error}"
+        ) from error
+    name = name or default_name(model, folder)
+    tensors = read_tensors(folder / TENSORS)
+    before = {path: layer.active for path, layer in adapted_layers(model)}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    copies = set(description["train_also"])
+    layers = [path for path in description["layers"] if not _is_copy(path, copies)]
+    attach(model, config, layers, train_also=[p for p in description["layers"] if _is_copy(p, copies)], name=name)
+    try:
+        fill(model, name, tensors, folder)
+    except ValueError:
+        detach(model, name)
+        for path, layer in adapted_layers(model):
+            layer.active = before[path]
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        raise
+    if not trainable:
+        train_only(model, None)
+    activate(model, name)
+    return name
+
+
+def default_name(model: nn.Module, folder: Path) -> str:
+    """The folder's name, with a number where it is taken. A run's own folder `adapter` takes the name of the run."""
+    folder = folder.resolve()
+    stem = (folder.parent.name if folder.name == "adapter" else folder.name).replace(".", "-") or "default"
+    taken, name, number = attachments(model), stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    return name
+
+
+def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Copy `tensors` into the adapter, all of them, each of the right shape; or raise FileFormatError and copy nothing."""
+    own = adapter_state(model, name)
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or foreign:
+        parts = [
+            f"{kind} {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for kind, keys in (("missing", missing), ("foreign", foreign))
+            if keys
+        ]
+        raise FileFormatError(f"{where}: the tensors are not those of this adapter: {'; '.join(parts)}")
+    for key, tensor in tensors.items():
+        if tensor.shape != own[key].shape:
+            raise FileFormatError(f"{where}: {key} has shape {tuple(tensor.shape)}, wanted {tuple(own[key].shape)}")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
+
+def _is_copy(path: str, train_also: set[str]) -> bool:
+    return any(path == pattern or path.endswith("." + pattern) for pattern in train_also)
+
+
+def _checked_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    description = read_json(path)
+    wanted = {"version": int, "method": str, "config": dict, "train_also": list, "layers": list}
+    if not isinstance(description, dict):
+        raise FileFormatError(f"{path}: wanted a JSON object, got {type(description).__name__}")
+    for key, kind in wanted.items():
+        if not isinstance(description.get(key), kind):
+            raise FileFormatError(f"{path}: field {key!r} must be a {kind.__name__}, got {description.get(key)!r}")
+    if description["version"] > VERSION:
+        raise FileFormatError(
+            f"{path} has version {description['version']}, this lowrank reads up to {VERSION}: upgrade lowrank"
+        )
+    if description["method"] not in METHODS:
+        raise unknown("method", description["method"], METHODS)
+    return description
+
+
+def _check_base(model: nn.Module, description: dict[str, Any], folder: Path, force: bool) -> None:
+    origin = getattr(model, "origin", None)
+    for field, what in (("base_hash", "base model"), ("tokenizer_hash", "tokenizer")):
+        saved, here = description.get(field), getattr(origin, field, None)
+        if saved and here and saved != here and not force:
+            raise ValueError(
+                f"{folder} was trained on another {what} (hash {saved[:12]}), this one has {here[:12]} ({getattr(origin, 'path', '?')}):"
+                " load the base that it was trained on, or pass force=True"
+            )
