@@ -1,0 +1,117 @@
+"""The one way from a record to tokens, for training, evaluation and chat.
+
+A conversation is rendered by the chat template; each stretch that the model has to write is tokenised on its own, behind
+exactly the tokens that generation starts from. So the loss mask cannot be off at a token boundary, and training and
+generation see the same prompt.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lowrank.data.records import Record
+
+IGNORE = -100  # a label that carries no loss, as in torch's cross_entropy
+
+
+class Tokenizer(Protocol):
+    eos_id: int | None
+    eos_ids: set[int]
+    chat_template: str | None
+
+    def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]: ...
+    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example. labels[t] is input_ids[t] where the model has to write it, IGNORE elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    id: str = ""
+    kind: str = "qa"
+    teacher: Any = None
+    """Final hidden states (T, D) of the teacher, where the loss is KL to it at every position; else None."""
+
+
+@dataclass(frozen=True)
+class Renderer:
+    tokenizer: Tokenizer
+    max_length: int = 512
+
+    def prompt_ids(self, record: Record) -> list[int]:
+        """The question, ready for the model to answer: everything before the record's last assistant turn."""
+        messages = record.conversation()
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return self.conversation_ids(messages)
+
+    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation that ends with the user, followed by the start of the assistant's turn."""
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.encode(_plain(messages), add_special=True)
+        return self._encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+    def example(self, record: Record) -> Example:
+        """The whole record, loss on what the assistant says and on the token that ends it.
+
+        Raises ValueError where the record has no answer, or where no answer token lies within max_length.
+        """
+        messages = record.conversation()
+        where = f"record {record.id or record.instruction[:40]!r}"
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f"{where} has no answer to learn from: it needs 'output' or an assistant message at the end")
+        ids: list[int] = []
+        labels: list[int] = []
+        done = ""  # the text that ids stand for
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt, full = self._texts(messages[: i + 1], where)
+            if not prompt.startswith(done):
+                raise ValueError(f"{where}: the chat template rewrites earlier turns, so the answers cannot be masked")
+            question = self._encode(prompt[len(done) :]) if self.tokenizer.chat_template else self._plain_ids(prompt, done)
+            answer = self._answer_ids(full[len(prompt) :])
+            ids += question + answer
+            labels += [IGNORE] * len(question) + answer
+            done = full
+        if len(ids) > self.max_length:
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORE for label in labels[1:]):
+            raise ValueError(
+                f"{where}: all labels are masked: the question alone fills data.max_length={self.max_length} tokens;"
+                " raise data.max_length or shorten the record"
+            )
+        return Example(ids, labels, record.id, record.kind)
+
+    def _texts(self, messages: list[dict[str, str]], where: str) -> tuple[str, str]:
+        """(text up to the last answer, text with it)."""
+        if self.tokenizer.chat_template is None:
+            prompt = _plain(messages[:-1])
+            return prompt, prompt + messages[-1]["content"]
+        prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+        full = self.tokenizer.apply_chat_template(messages)
+        if not full.startswith(prompt):
+            raise ValueError(f"{where}: the chat template does not continue its own generation prompt; choose another data.template")
+        return prompt, full
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, parse_special=True)
+
+    def _plain_ids(self, prompt: str, done: str) -> list[int]:
+        return self.tokenizer.encode(prompt[len(done) :], add_special=not done)
+
+    def _answer_ids(self, text: str) -> list[int]:
+        """The answer and one end token. What a template writes behind the end (a line break) is not for the model to say."""
+        ids = self._encode(text) if self.tokenizer.chat_template else self.tokenizer.encode(text)
+        ends = [i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids]
+        if ends:
+            return ids[: ends[-1] + 1]
+        return [*ids, self.tokenizer.eos_id] if self.tokenizer.eos_id is not None else ids
+
+
+def _plain(messages: Iterable[dict[str, str]]) -> str:
+    """Without a template: the turns, one a paragraph."""
+    return "".join(f"{message['content']}\n" for message in messages)
