@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["lowrank*"]),
-    package_data={
+    package_data={"": ["py.typed", "*.yaml", "*.jsonl", "*.txt", "*.md"]},
         "lowrank": ["py.typed"],
         "lowrank.recipes": ["*.yaml"],
         "lowrank.data": ["*/*.jsonl", "*/*.yaml", "*/*.txt", "*/*.md"],
