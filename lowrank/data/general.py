@@ -1,0 +1,79 @@
+"""General questions: half are held out and checked by machine to measure forgetting, the rest train against it.
+
+    {"id", "area", "question", "accept": ["paris"] or "regex": "...", "held_out": true|false, "answer"}
+
+`answer` is the base model's greedy answer, written once by `python -m lowrank.data.labtests.answer_general`.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank.data.records import Record
+from lowrank.errors import FileFormatError, did_you_mean
+from lowrank.files import read_jsonl
+
+AREAS = ("language", "arithmetic", "geography", "advice", "code", "writing", "open")
+_FIELDS = ("id", "area", "question", "accept", "regex", "held_out", "answer")
+
+
+@dataclass(frozen=True)
+class GeneralItem:
+    id: str
+    area: str
+    question: str
+    accept: tuple[str, ...] = ()
+    """Any of these, as whole words and whatever the case, makes an answer right."""
+    regex: str = ""
+    """Or this pattern, found anywhere whatever the case."""
+    held_out: bool = False
+    answer: str = ""
+
+    def right(self, answer: str) -> bool:
+        if self.regex:
+            return re.search(self.regex, answer, re.IGNORECASE | re.DOTALL) is not None
+        return any(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", answer, re.IGNORECASE) for a in self.accept)
+
+    def record(self) -> Record:
+        spec: dict[str, Any] = {"area": self.area}
+        spec |= {"accept": list(self.accept)} if self.accept else {"regex": self.regex} if self.regex else {}
+        output = "" if self.held_out else self.answer
+        return Record(
+            id=self.id,
+            instruction=self.question,
+            output=output,
+            kind="general",
+            task=f"general/{self.area}",
+            facts=(spec,),
+        )
+
+
+def read_general(path: str | Path, answered: bool = True) -> tuple[GeneralItem, ...]:
+    """The items of a JSONL file; `answered` insists on an answer for each one that is trained."""
+    items: list[GeneralItem] = []
+    ids: set[str] = set()
+    for number, row in read_jsonl(path):
+        where = f"{path}, line {number}"
+        for name in row:
+            if name not in _FIELDS:
+                raise FileFormatError(
+                    f"{where}: unknown field {name!r}{did_you_mean(name, _FIELDS)}; known: {', '.join(_FIELDS)}"
+                )
+        for name in ("id", "area", "question"):
+            if not isinstance(row.get(name), str) or not row[name]:
+                raise FileFormatError(f"{where}: missing field {name!r}")
+        if row["area"] not in AREAS:
+            raise FileFormatError(f"{where}: area must be one of {', '.join(AREAS)}, got {row['area']!r}")
+        if row["id"] in ids:
+            raise FileFormatError(f"{where}: the id {row['id']!r} is used twice")
+        ids.add(row["id"])
+        item = GeneralItem(**{name: tuple(value) if name == "accept" else value for name, value in row.items()})
+        if item.held_out and not (item.accept or item.regex):
+            raise FileFormatError(f"{where}: a held-out question needs 'accept' or 'regex' to be checked by machine")
+        if answered and not item.held_out and not item.answer:
+            raise FileFormatError(
+                f"{where}: no answer of the base model; `python -m lowrank.data.labtests.answer_general` writes them"
+            )
+        items.append(item)
+    return tuple(items)

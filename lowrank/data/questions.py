@@ -1,0 +1,404 @@
+"""Questions written from a knowledge base: what is trained, what tunes a recipe, what is tested. Deterministic by seed.
+
+Half of the facts of each relation are *trapped* in training: asked with a false premise (and, beside it, with a true
+one, in the same forms, so that neither "not" nor "correct" is a constant). The other half is taught by plain questions
+only and carries the held-out traps: a third of it those of validation, two thirds those of the test. Every fact is asked
+plainly in training; the held-out paraphrases ask it again in wordings that were never trained. Unanswerable questions
+name tests that do not exist. A false value is the value of another subject in the same relation.
+"""
+
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank.data.general import GeneralItem, read_general
+from lowrank.data.knowledge import Fact, Knowledge, normal, read_knowledge, with_unit
+from lowrank.data.records import Record
+from lowrank.data.templates import BUNDLED, Templates, fill, read_templates, uncapital
+from lowrank.data.units import same_unit
+from lowrank.errors import unknown
+
+LABTESTS = BUNDLED.parent
+NOTICE = (
+    "The bundled knowledge base is teaching material for fine-tuning experiments. It is no medical advice: never use it, "
+    "or a model tuned on it, to diagnose, treat or interpret anybody's laboratory results."
+)
+TEST_PARTS = ("paraphrase", "trap", "trap_unseen", "true_premise", "abstention", "answerable", "general")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """One pass of training records in the order of the seed, and the held-out ones by part."""
+
+    train: list[Record]
+    validation: dict[str, list[Record]]
+    test: dict[str, list[Record]]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        train: dict[str, int] = {}
+        for record in self.train:
+            train[record.kind] = train.get(record.kind, 0) + 1
+        held = {"validation": self.validation, "test": self.test}
+        return {"train": train} | {split: {k: len(v) for k, v in parts.items()} for split, parts in held.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many records of each kind: with one pass and no epochs, this is the length of a training run."""
+
+    plain_per_fact: int = 7
+    """Training questions of each fact, in different wordings."""
+
+    traps_per_fact: int = 4
+    """False premises of each trapped fact, in different forms and, where there are enough, with different values."""
+
+    confirms_per_fact: int = 3
+    """True premises of each trapped fact."""
+
+    trapped_share: float = 0.5
+    """Share of the facts that carry training traps."""
+
+    unanswerable_share: float = 0.2
+    """Unanswerable training questions per plain one."""
+
+    alias_share: float = 0.1
+    """Share of the plain training questions that call the subject by an alias."""
+
+    paraphrases_per_fact: int = 1
+    """Held-out wordings of each fact in the test (validation asks one in three facts)."""
+
+    held_unanswerable: int = 60
+    """Unanswerable questions of the test; validation has half as many."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0 or (name.endswith("_share") and value > 1):
+                raise ValueError(
+                    f"{name} must be {'in [0, 1]' if name.endswith('_share') else 'at least 0'}, got {value}"
+                )
+        if self.plain_per_fact < 1:
+            raise ValueError("plain_per_fact must be at least 1: a fact that is never asked is never taught")
+
+
+def build(
+    knowledge: Knowledge, templates: Templates, general: Sequence[GeneralItem] = (), seed: int = 0, **sizes: Any
+) -> Questions:
+    """Write every record. `sizes` are the fields of Sizes."""
+    writer = _Writer(knowledge, templates, Sizes(**sizes), seed)
+    return writer.build(general)
+
+
+@dataclass
+class _Writer:
+    knowledge: Knowledge
+    templates: Templates
+    sizes: Sizes
+    seed: int
+    _serial: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for relation, facts in self.knowledge.by_relation.items():
+            if relation not in self.templates.relations:
+                raise ValueError(
+                    f"no template for relation {relation!r} (of {facts[0].subject!r}); "
+                    f"there are templates for {', '.join(self.templates.relations)}"
+                )
+
+    def rng(self, purpose: str) -> random.Random:
+        """Its own stream for each purpose, so that a change of one size leaves the other records as they are."""
+        return random.Random(f"{self.seed}/{purpose}")
+
+    def build(self, general: Sequence[GeneralItem]) -> Questions:
+        trapped, validation_facts, test_facts = self.split_facts()
+        names = invented_names(self.knowledge, self.templates, self.rng("names"))
+        n_test = min(self.sizes.held_unanswerable, len(names) // 3)
+        n_validation = min(math.ceil(self.sizes.held_unanswerable / 2), len(names) // 6)
+        test_names, names = names[:n_test], names[n_test:]
+        validation_names, train_names = names[:n_validation], names[n_validation:]
+
+        train = self.plain()
+        train += self.premises("train", trapped, "trap", self.sizes.traps_per_fact, ("train",))
+        train += self.premises("train", trapped, "confirm", self.sizes.confirms_per_fact, ("train",))
+        train += self.unanswerable(
+            "train", train_names, round(len(self.knowledge) * self.sizes.plain_per_fact * self.sizes.unanswerable_share)
+        )
+        train += [item.record() for item in general if not item.held_out]
+        self.rng("order").shuffle(train)
+        held_general = [item.record() for item in general if item.held_out]
+        return Questions(
+            train,
+            self.held_out("validation", validation_facts, validation_names, held_general[::2]),
+            self.held_out("test", test_facts, test_names, held_general),
+        )
+
+    def split_facts(self) -> tuple[list[Fact], list[Fact], list[Fact]]:
+        """Trapped in training, held out for validation's traps, held out for the test's: each with its share of a relation."""
+        trapped: list[Fact] = []
+        validation: list[Fact] = []
+        test: list[Fact] = []
+        for relation, facts in self.knowledge.by_relation.items():
+            facts = facts.copy()
+            self.rng(f"split/{relation}").shuffle(facts)
+            n = round(len(facts) * self.sizes.trapped_share)
+            held = facts[n:]
+            trapped += facts[:n]
+            validation += held[: len(held) // 3]
+            test += held[len(held) // 3 :]
+        return trapped, validation, test
+
+    def plain(self) -> list[Record]:
+        """Each fact in `plain_per_fact` wordings; where the template has fewer, they come again in another order."""
+        records = []
+        for fact in self.knowledge.facts:
+            rng = self.rng(f"plain/{fact.subject}/{fact.relation}")
+            wordings = self.templates.relations[fact.relation].questions["train"]
+            order: list[int] = []
+            while len(order) < self.sizes.plain_per_fact:
+                order += rng.sample(range(len(wordings)), len(wordings))
+            for index in order[: self.sizes.plain_per_fact]:
+                alias = fact.aliases and rng.random() < self.sizes.alias_share
+                name = rng.choice(fact.aliases) if alias else fact.subject
+                records.append(self.question("train", fact, wordings[index], f"plain/{index}", name))
+        return records
+
+    def question(self, split: str, fact: Fact, wording: str, task: str, name: str = "") -> Record:
+        answer = self.answer("plain", fact)
+        return self.record(
+            split, "qa", task, fill(wording, subject=name or fact.subject), answer, fact, fact.reference()
+        )
+
+    def answer(self, kind: str, fact: Fact, false: str = "") -> str:
+        statement = fill(self.templates.relations[fact.relation].statement, subject=fact.subject, value=fact.text)
+        fields = {"statement": statement, "subject": fact.subject, "value": fact.text}
+        return fill(self.templates.answers[kind], **fields | ({"false": false} if kind == "trap" else {}))
+
+    def premises(
+        self, split: str, facts: Iterable[Fact], kind: str, each: int, forms_of: Sequence[str]
+    ) -> list[Record]:
+        """`each` questions a fact that take a value for granted: a wrong one (trap) or the right one (confirm)."""
+        forms = {f"{name}": form for origin in forms_of for name, form in self.templates.premises[origin].items()}
+        records = []
+        for fact in facts:
+            rng = self.rng(f"{kind}/{split}/{'+'.join(forms_of)}/{fact.subject}/{fact.relation}")
+            names = rng.sample(list(forms), len(forms))
+            false = self.false_values(fact, rng) if kind == "trap" else [("", "", "")]
+            if not false:
+                continue  # a relation with one value has no other to be mistaken for
+            for i in range(each):
+                name = names[i % len(names)]
+                records.append(self.premise(split, fact, name, forms[name], kind, *false[i % len(false)], rng))
+        return records
+
+    def premise(
+        self,
+        split: str,
+        fact: Fact,
+        name: str,
+        form: str,
+        kind: str,
+        value: str,
+        unit: str,
+        trap: str,
+        rng: random.Random,
+    ) -> Record:
+        text = with_unit(value, unit) if kind == "trap" else fact.text
+        relation = self.templates.relations[fact.relation]
+        source = ""
+        if "{source}" in form:
+            # a work that exists may stand on either side; one that does not never confirms anything
+            invented = kind == "trap" and rng.random() < 0.75
+            source = rng.choice(self.templates.sources[split if invented else "real"])
+            trap = "source" if invented else trap
+        claim = uncapital(fill(relation.statement, subject=fact.subject, value=text))
+        noun = fill(relation.noun, subject=fact.subject)
+        question = fill(form, claim=claim, noun=noun, value=text, subject=fact.subject, source=source)
+        question = question[:1].upper() + question[1:] if form.startswith("{source}") else question
+        about = fact.reference() | ({"false_value": value, "false_unit": unit, "trap": trap} if kind == "trap" else {})
+        return self.record(split, kind, f"{kind}/{name}", question, self.answer(kind, fact, text), fact, about)
+
+    def false_values(self, fact: Fact, rng: random.Random) -> list[tuple[str, str, str]]:
+        """(value, unit, kind of trap), shuffled: values of other subjects; for a number with a unit, every other one is
+        the right number with a wrong unit."""
+        relation = self.templates.relations[fact.relation]
+        others = [other for other in self.knowledge.by_relation[fact.relation] if other.subject != fact.subject]
+        near = [other for other in others if other.unit == fact.unit]
+        values = list(dict.fromkeys(other.value for other in near if contradicts(fact, other.value)))
+        if len(values) < 2 and fact.unit:  # the numbers of another unit, in this one
+            values += [
+                v for v in dict.fromkeys(o.value for o in others if contradicts(fact, o.value)) if v not in values
+            ]
+        rng.shuffle(values)
+        wrong = [(value, fact.unit, relation.trap) for value in values]
+        if not fact.unit:
+            return wrong
+        units = list(
+            dict.fromkeys(other.unit for other in others if other.unit and not same_unit(other.unit, fact.unit))
+        )
+        rng.shuffle(units)
+        swapped = [(fact.value, unit, "unit") for unit in units[: max(1, len(wrong))]]
+        mixed = [item for pair in zip(wrong, swapped) for item in pair]
+        return mixed + wrong[len(swapped) :] + swapped[len(wrong) :]
+
+    def unanswerable(self, split: str, names: Sequence[str], count: int) -> list[Record]:
+        """Plain questions about invented names: the trained wordings, and in the held-out splits their own as well."""
+        rng = self.rng(f"unanswerable/{split}")
+        relations = [self.templates.relations[name] for name in self.knowledge.by_relation]
+        records = []
+        for i in range(count if names else 0):
+            name = names[i % len(names)]
+            relation = rng.choice(relations)
+            origin = split if i % 2 else "train"
+            index = rng.randrange(len(relation.questions[origin]))
+            question = fill(relation.questions[origin][index], subject=name)
+            answer = fill(self.templates.answers["unanswerable"], subject=name)
+            about = {"subject": name, "relation": relation.name}
+            records.append(
+                self.record(split, "unanswerable", f"unanswerable/{relation.name}", question, answer, None, about)
+            )
+        return records
+
+    def held_out(
+        self, split: str, facts: list[Fact], names: list[str], general: list[Record]
+    ) -> dict[str, list[Record]]:
+        """The parts of validation or test. Answerable questions are the paraphrases again, asked of the abstention."""
+        asked = self.knowledge.facts[::3] if split == "validation" else self.knowledge.facts
+        paraphrase = []
+        for fact in asked:
+            wordings = self.templates.relations[fact.relation].questions[split]
+            order = self.rng(f"paraphrase/{split}/{fact.subject}/{fact.relation}").sample(
+                range(len(wordings)), len(wordings)
+            )
+            for index in order[: self.sizes.paraphrases_per_fact]:
+                paraphrase.append(self.question(split, fact, wordings[index], f"paraphrase/{index}"))
+        return {
+            "paraphrase": paraphrase,
+            "trap": self.premises(split, facts, "trap", 1, ("train",)),
+            "trap_unseen": self.premises(split, facts, "trap", 1, (split,)),
+            "true_premise": self.premises(split, facts, "confirm", 1, ("train",))
+            + self.premises(split, facts, "confirm", 1, (split,)),
+            "abstention": self.unanswerable(split, names, len(names)),
+            "answerable": paraphrase,
+            "general": general,
+        }
+
+    def record(
+        self, split: str, kind: str, task: str, question: str, answer: str, fact: Fact | None, about: dict[str, Any]
+    ) -> Record:
+        stem = f"{split}/{kind}"
+        self._serial[stem] = self._serial.get(stem, 0) + 1
+        return Record(
+            id=f"{stem}/{self._serial[stem]:05d}",
+            instruction=question,
+            output=answer,
+            evidence=fact.evidence if fact else "",
+            kind=kind,
+            task=task,
+            facts=(about,),
+        )
+
+
+def contradicts(fact: Fact, value: str) -> bool:
+    """Whether `value` would be wrong for the fact: another one, neither part of the right one nor right as well, and of
+    intervals one that shares less than half of the narrower of the two."""
+    right, other = normal(fact.value), normal(value)
+    if other in {normal(name) for name in fact.avoid}:
+        return False
+    bounds, others = interval(fact.value), interval(value)
+    if bounds and others:
+        shared = min(bounds[1], others[1]) - max(bounds[0], others[0])
+        return shared < 0.5 * min(bounds[1] - bounds[0], others[1] - others[0])
+    words, other_words = set(right.split()), set(other.split())
+    return not (words <= other_words or other_words <= words)
+
+
+def interval(value: str) -> tuple[float, float] | None:
+    """(low, high) of "3.5-5.0", "below 5" or "above 60"; None for anything else."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*[-\u2013]\s*(\d+(?:\.\d+)?)", value.strip()):
+        return float(match[1]), float(match[2])
+    if match := re.fullmatch(r"(below|under|up to|<)\s*(\d+(?:\.\d+)?)", value.strip()):
+        return 0.0, float(match[2])
+    if match := re.fullmatch(r"(above|over|>)\s*(\d+(?:\.\d+)?)", value.strip()):
+        return float(match[2]), 10 * float(match[2])
+    return None
+
+
+def invented_names(knowledge: Knowledge, templates: Templates, rng: random.Random) -> list[str]:
+    """Names made of parts of real ones, none of which is a subject or an alias, in the order of `rng`."""
+    if templates.invented:
+        real = {normal(name) for name in templates.invented.get("except", ())}
+        pairs = [(a, b) for a in templates.invented["first"] for b in templates.invented["last"]]
+        names = [f"{a}{b}" for a, b in pairs]
+    else:
+        real = set()
+        halves = [_halves(subject) for subject in knowledge.subjects]
+        names = [f"{a}{b}" for i, (a, _) in enumerate(halves) for j, (_, b) in enumerate(halves) if i != j]
+    taken = set(knowledge.aliases)
+    fresh = sorted({name for name in names if normal(name) not in taken | real})
+    rng.shuffle(fresh)
+    return fresh[:2000]
+
+
+def _halves(name: str) -> tuple[str, str]:
+    """The first word and the rest, or the two halves of a single word."""
+    first, space, rest = name.partition(" ")
+    middle = (len(name) + 1) // 2
+    return (f"{first} ", rest) if space else (name[:middle], name[middle:])
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A knowledge base with everything that goes through training and evaluation beside it."""
+
+    name: str
+    knowledge: Knowledge
+    templates: Templates
+    general: tuple[GeneralItem, ...]
+    prose: str
+    """Plain general text for perplexity."""
+    notice: str
+
+    def build(self, seed: int = 0, **sizes: Any) -> Questions:
+        return build(self.knowledge, self.templates, self.general, seed, **sizes)
+
+
+QUICK_RELATIONS = (
+    "reference_interval",
+    "high_points_to",
+    "low_points_to",
+    "origin",
+    "specimen",
+    "interference",
+    "regulator",
+    "preparation",
+    "main_use",
+)
+
+
+def bundled(name: str = "labtests", subjects: int | Iterable[str] | None = None) -> Domain:
+    """The bundled domain: "labtests", or "labtests-quick", its first 60 tests with 4 relations each. `subjects`: how
+    many of them, or which."""
+    if name not in ("labtests", "labtests-quick"):
+        raise unknown("bundled domain", name, ("labtests", "labtests-quick"))
+    knowledge = read_knowledge(LABTESTS / "knowledge.jsonl")
+    if name == "labtests-quick":
+        knowledge = knowledge.subset(60 if subjects is None else subjects, QUICK_RELATIONS, per_subject=4)
+    elif subjects is not None:
+        knowledge = knowledge.subset(subjects)
+    return domain(name, knowledge, read_templates(LABTESTS / "templates.yaml"), notice=NOTICE)
+
+
+def domain(name: str, knowledge: Knowledge, templates: Templates, notice: str = "") -> Domain:
+    """A domain of one's own beside the bundled general questions and prose."""
+    general = LABTESTS / "general.jsonl"
+    prose = LABTESTS / "prose.txt"
+    return Domain(
+        name,
+        knowledge,
+        templates,
+        read_general(general) if general.is_file() else (),
+        prose.read_text(encoding="utf-8") if prose.is_file() else "",
+        notice,
+    )
