@@ -9,10 +9,13 @@ Acting together with weights w, adapters give  y + Σᵢ wᵢ (fᵢ(x, y, base) 
 merged together they give                       W + Σᵢ wᵢ (mergeᵢ(W) - W).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import unknown
@@ -51,8 +54,11 @@ class Adapter(nn.Module):
     mergeable: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = True
     edits_base: ClassVar[bool] = False
+    """True where the method changes what the base is, see `edit`."""
     needs_y: ClassVar[bool] = True
     """False where the method computes its own y (it gets y = None, and the base runs once)."""
+    peers: "tuple[Adapter, ...]" = ()
+    """All adapters of the same attach, this one included; the first does what concerns all (a shared budget)."""
 
     def __init__(self, config: Any, base: nn.Module) -> None:
         super().__init__()
@@ -65,15 +71,24 @@ class Adapter(nn.Module):
         """The dense layer that has the adapter inside.  (O, I), (O,) -> (O, I), (O,)"""
         raise NotImplementedError
 
-    def prepare(self, base: nn.Module, inputs: Sequence[Tensor]) -> None:
-        """Data-driven initial values before step 1; `inputs` are x's that this layer saw."""
+    @classmethod
+    def complete(cls, config: Any, layers: Mapping[str, nn.Module]) -> Any:
+        """The configuration with what all its layers decide together (the size of a shared projection)."""
+        return config
+
+    def edit(self, base: nn.Module) -> nn.Module:
+        """The frozen layer that stands in for the base while this adapter acts; only where `edits_base`."""
+        return base
+
+    def prepare(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Data-driven initial values or rank allocation, before step 1."""
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimizer groups, for methods whose parameters learn at different rates."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Called after each optimizer step (rank budgets)."""
+        """Called after each optimizer step, while the gradients are still there (rank budgets)."""
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss (orthogonality, distance from the start)."""
@@ -83,20 +98,29 @@ class Adapter(nn.Module):
         """Base and adapter at once, or None where that does not apply.  (..., I) -> (..., O)"""
         return None
 
+    @classmethod
+    def grouped(cls, adapters: "list[Adapter | None]", weights: list[float], x: Tensor, y: Tensor) -> Tensor | None:
+        """`fused` for a batch whose row i has adapters[i] (None: the base alone), or None: then a loop does it."""
+        return None
+
 
 def may_fuse(adapter: Adapter) -> bool:
     """Whether the class that wrote `fused` (or one above it) also wrote the `forward` in use.
 
     A subclass that overrides `forward` alone has changed the equation, so its inherited `fused` must not run.
     """
-    mro = type(adapter).__mro__
-    fused_by = next(c for c in mro if "fused" in vars(c))
-    forward_by = next(c for c in mro if "forward" in vars(c))
+    return _written_together(type(adapter), "fused")
+
+
+@cache
+def _written_together(method: type[Adapter], shortcut: str) -> bool:
+    fused_by = next(c for c in method.__mro__ if shortcut in vars(c))
+    forward_by = next(c for c in method.__mro__ if "forward" in vars(c))
     return fused_by is not Adapter and issubclass(fused_by, forward_by)
 
 
 class TrainedCopy(Adapter):
-    """A trainable copy of a whole layer (a norm, a head, an embedding), which takes the layer's place (`train_also`)."""
+    """A trainable copy of a whole layer (a norm, a head, an embedding) in the layer's place (`train_also`)."""
 
     place = "own"
     needs_y = False
@@ -108,6 +132,7 @@ class TrainedCopy(Adapter):
         self.weight = nn.Parameter(base.weight.detach().float().clone())  # type: ignore[union-attr, operator]
         bias = getattr(base, "bias", None)
         self.bias = nn.Parameter(bias.detach().float().clone()) if isinstance(bias, Tensor) else None
+        self.transposed = stores_transposed(base)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         state = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
@@ -116,18 +141,35 @@ class TrainedCopy(Adapter):
         return torch.func.functional_call(base, cast, (x,))
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.weight.to(weight.dtype), None if self.bias is None else self.bias.to(weight.dtype)
+        own = self.weight.T if self.transposed else self.weight
+        return own.to(weight.dtype), None if self.bias is None else self.bias.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Which adapters act: everywhere, on single layers, or for each row of the batch."""
+
+    everywhere: Weights = ()
+    layers: "Mapping[AdaptedLinear, Weights]" = field(default_factory=dict)
+    rows: tuple[Weights, ...] | None = None
+
+
+class Selection:
+    """What acts now. All adapted layers of a model share this one object: to switch is one assignment."""
+
+    def __init__(self) -> None:
+        self.now = Acting()
 
 
 class AdaptedLinear(nn.Module):
-    """A layer with its adapters by name. `active` says which act; `rows` says it for each row of the batch."""
+    """A layer with its adapters by name; the shared selection says which of them act."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, selection: Selection | None = None) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
-        self.active: Weights = ()
-        self.rows: tuple[Weights, ...] | None = None
+        self.edited = nn.ModuleDict()  # name -> the layer that stands in for the base (methods that edit it)
+        self.selection = selection or Selection()
         self.unmerged: tuple[
             nn.Module, ...
         ] = ()  # the layer as it was before `merge`; a tuple hides it from state_dict
@@ -137,41 +179,109 @@ class AdaptedLinear(nn.Module):
         """The base's own weight, for code that looks at dtype or device."""
         return self.base.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def bias(self) -> Any:
+        return self.base.bias
+
+    @property
+    def active(self) -> Weights:
+        """What acts here, rows left aside."""
+        now = self.selection.now
+        return now.layers.get(self, now.everywhere) if now.layers else now.everywhere
+
+    def put(self, name: str, adapter: Adapter) -> None:
+        self.adapters[name] = adapter
+        if adapter.edits_base:
+            self.edited[name] = adapter.edit(self.base).requires_grad_(False)
+
+    def remove(self, name: str) -> None:
+        del self.adapters[name]
+        if name in self.edited:
+            del self.edited[name]
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
         if self.unmerged:
-            return self.base(x)
-        if self.rows is not None:
-            return self._by_row(x, self.rows)
-        return self._adapted(x, self.acting(self.active))
+            return self.base(x, *context)
+        if self.selection.now.rows is not None:
+            return self._by_row(x, context, self.selection.now.rows)
+        return self._adapted(x, context, self.active)
 
-    def acting(self, weights: Weights) -> list[tuple[Adapter, float]]:
-        """The adapters of this layer among `weights`, each with its weight."""
-        return [(self.adapters[name], weight) for name, weight in weights if name in self.adapters]  # type: ignore[misc]
+    def acting(self, weights: Weights) -> list[tuple[str, Adapter, float]]:
+        """The adapters of this layer among `weights`: (name, adapter, weight)."""
+        return [(name, self.adapters[name], weight) for name, weight in weights if name in self.adapters]  # type: ignore[misc]
 
-    def _adapted(self, x: Tensor, acting: list[tuple[Adapter, float]]) -> Tensor:
-        if not acting:
-            return self.base(x)
-        if len(acting) == 1 and acting[0][1] == 1.0:
-            adapter = acting[0][0]
-            if may_fuse(adapter) and (fused := adapter.fused(x, self.base)) is not None:
-                return fused
-            return adapter(x, self.base(x) if adapter.needs_y else None, self.base)
-        y = self.base(x)
-        return y + sum(
-            weight * (adapter(x, y if adapter.needs_y else None, self.base) - y) for adapter, weight in acting
-        )
+    def _adapted(self, x: Tensor, context: tuple[Any, ...], weights: Weights, y: Tensor | None = None) -> Tensor:
+        acting = self.acting(weights)
+        if len(acting) == 1 and acting[0][2] == 1.0:
+            return self._one(x, context, acting[0][0], acting[0][1], y)
+        if y is None:
+            y = self.base(x, *context)
+        if len(acting) == 0:
+            return y
+        if any(adapter.place in ("embeddings", "attention prefix") for _, adapter, _ in acting):
+            raise ValueError(f"a method that adds virtual tokens acts alone and with weight 1, got {dict(weights)}")
+        return y + sum(w * (self._one(x, context, name, adapter, y) - y) for name, adapter, w in acting)
 
-    def _by_row(self, x: Tensor, rows: tuple[Weights, ...]) -> Tensor:
+    def _one(self, x: Tensor, context: tuple[Any, ...], name: str, adapter: Adapter, y: Tensor | None) -> Tensor:
+        base = self.base
+        if name in self.edited:
+            base, y = self.edited[name], None
+        if y is None and may_fuse(adapter) and not context and (fused := adapter.fused(x, base)) is not None:
+            return fused
+        if not adapter.needs_y:
+            return adapter(x, None, base)
+        return adapter(x, base(x, *context) if y is None else y, base)
+
+    def _by_row(self, x: Tensor, context: tuple[Any, ...], rows: tuple[Weights, ...]) -> Tensor:
+        """Each row with its own adapters; the base runs once for all of them."""
         if len(rows) != x.shape[0]:
             raise ValueError(f"rows() names adapters for {len(rows)} rows, the batch has {x.shape[0]}")
+        here = [tuple(item for item in row if item[0] in self.adapters) for row in rows]
         groups: dict[Weights, list[int]] = {}
-        for i, weights in enumerate(rows):
+        for i, weights in enumerate(here):
             groups.setdefault(weights, []).append(i)
         if len(groups) == 1:
-            return self._adapted(x, self.acting(rows[0]))
-        parts = [self._adapted(x[index], self.acting(weights)) for weights, index in groups.items()]
+            return self._adapted(x, context, here[0])
+        y = self.base(x, *context)
+        if (grouped := self._grouped(x, y, here)) is not None:
+            return grouped
+        parts = []
+        for weights, index in groups.items():
+            part = tuple(c[index] if isinstance(c, Tensor) else c for c in context)
+            parts.append(self._adapted(x[index], part, weights, y[index]))
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise ValueError(
+                f"the rows' adapters give outputs of {len({p.shape[1:] for p in parts})} shapes (virtual tokens?):"
+                " rows of one batch need the same number of them"
+            )
         order = torch.tensor([i for index in groups.values() for i in index], device=x.device)
         return torch.cat(parts)[order.argsort()]
+
+    def _grouped(self, x: Tensor, y: Tensor, rows: list[Weights]) -> Tensor | None:
+        if any(len(row) > 1 for row in rows):
+            return None
+        adapters = [self.adapters[row[0][0]] if row else None for row in rows]
+        methods = {type(adapter) for adapter in adapters if adapter is not None}
+        method = methods.pop() if len(methods) == 1 else Adapter
+        if not issubclass(method, Adapter) or not _written_together(method, "grouped"):
+            return None
+        return method.grouped(adapters, [row[0][1] if row else 0.0 for row in rows], x, y)  # type: ignore[arg-type]
+
+
+class Slot(nn.Module):
+    """A place in a model that is no layer; without an adapter it changes nothing.
+
+    "sublayer":          slot(x, y) -> y, where y (B, T, D) is what attention or MLP made of x, before the residual sum.
+    "attention prefix":  slot(x) -> (B, P, 2, H, K): keys and values of P positions before the first token, here P = 0.
+    """
+
+    def __init__(self, place: str, *shape: int) -> None:
+        super().__init__()
+        self.place = place
+        self.shape = shape  # (D,) or (kv heads H, head dim K)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return x.new_empty(x.shape[0], 0, 2, *self.shape) if y is None else y
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -193,6 +303,18 @@ def features(layer: nn.Module) -> tuple[int, int]:
     raise ValueError(f"wanted a linear layer (Linear, QuantizedLinear, Conv1D, Embedding), got {type(layer).__name__}")
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ in the weight's dtype; integer x are ids, which count as one-hot vectors.  (..., I), (R, I) -> (..., R)"""
+    if x.is_floating_point():
+        return F.linear(x.to(weight.dtype), weight)
+    return F.embedding(x, weight.T)
+
+
+def stores_transposed(layer: nn.Module) -> bool:
+    """Whether the stored weight is (I, O): Conv1D, and Embedding with W = Eᵀ."""
+    return is_conv1d(layer) or isinstance(layer, nn.Embedding)
+
+
 def is_conv1d(layer: nn.Module) -> bool:
     """GPT-2's layer: a linear one whose weight is stored as (I, O)."""
     return type(layer).__name__ == "Conv1D" and getattr(layer, "weight", torch.empty(0)).dim() == 2
@@ -203,32 +325,64 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """An (O, I) copy of the weight: fp32 for a quantized layer, else in the stored dtype; Conv1D and Embedding transposed."""
+    """An (O, I) copy of the weight (Conv1D, Embedding transposed): fp32 of a quantized layer, else the stored dtype."""
     if isinstance(layer, AdaptedLinear):
         return dense_weight(layer.base)
     if isinstance(layer, QuantizedLinear):
         return layer.quantized.dequantize(torch.float32)
     features(layer)  # raises for what is no linear layer
     weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
-    return weight.T.clone() if is_conv1d(layer) or isinstance(layer, nn.Embedding) else weight.clone()
+    return weight.T.clone(memory_format=torch.contiguous_format) if stores_transposed(layer) else weight.clone()
 
 
-def adapted_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, AdaptedLinear]]:
+def adapted_layers(model: nn.Module, name: str | None = None, path: str = "") -> Iterator[tuple[str, AdaptedLinear]]:
     """(path, layer) of every layer that carries an adapter, or the adapter `name`."""
-    for path, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) and (name is None or name in module.adapters):
-            yield path, module
+    if isinstance(model, AdaptedLinear):  # nothing inside: a layer in a layer would be ambiguous
+        if name is None or name in model.adapters:
+            yield path, model
+        return
+    for child, module in model._modules.items():
+        if module is not None:
+            yield from adapted_layers(module, name, f"{path}.{child}" if path else child)
+
+
+@dataclass
+class Carried:
+    """What a model with adapters keeps beside them. It lives in the model's __dict__, outside its state_dict."""
+
+    attachments: dict[str, Any] = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+    trained_before: list[nn.Parameter] = field(default_factory=list)
+    merged: bool = False
+
+
+def carried(model: nn.Module) -> Carried:
+    found: Carried = model.__dict__.setdefault("_lowrank", Carried())
+    return found
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The adapters of a model, in the order in which they were attached."""
-    return list(dict.fromkeys(name for _, layer in adapted_layers(model) for name in layer.adapters))
+    return list(carried(model).attachments)
+
+
+def training_adapters(model: nn.Module) -> Iterator[Adapter]:
+    """The adapters that train; the hooks `param_groups`, `after_step` and `penalty` are for these."""
+    for _, layer in adapted_layers(model):
+        for adapter in layer.adapters.values():
+            if any(p.requires_grad for p in adapter.parameters()):
+                yield adapter  # type: ignore[misc]
 
 
 def require_adapter(model: nn.Module, names: Iterable[str]) -> None:
-    known = adapter_names(model)
+    known = carried(model).attachments
     for name in names:
         if name not in known:
             if not known:
                 raise ValueError(f"the model has no adapter {name!r}: it has none at all; attach or load one first")
             raise unknown("adapter", name, known)
+
+
+def require_unmerged(model: nn.Module, what: str) -> None:
+    if carried(model).merged:
+        raise RuntimeError(f"the model is merged: unmerge it before {what}")

@@ -20,9 +20,11 @@ from lowrank.adapter import (
     Adapter,
     TrainedCopy,
     adapted_layers,
+    carried,
     dense_weight,
-    is_conv1d,
     require_adapter,
+    require_unmerged,
+    stores_transposed,
 )
 from lowrank.errors import unknown
 from lowrank.quant.linear import QuantizedLinear
@@ -64,11 +66,10 @@ def merge(model: nn.Module, name: Choice = "default", to: str = "dense", force: 
     if not weights:
         raise ValueError("merge needs at least one adapter, got none")
     require_adapter(model, [n for n, _ in weights])
+    require_unmerged(model, "merging again")
     layers = [(path, layer) for path, layer in adapted_layers(model) if layer.acting(weights)]
-    if any(layer.unmerged for _, layer in adapted_layers(model)):
-        raise RuntimeError("the model is merged already: unmerge it first")
     for path, layer in layers:
-        for adapter, _ in layer.acting(weights):
+        for _, adapter, _ in layer.acting(weights):
             if not adapter.mergeable:
                 raise ValueError(
                     f"{path}: method {adapter.method!r} cannot be merged into a weight; keep it as an adapter"
@@ -87,6 +88,7 @@ def merge(model: nn.Module, name: Choice = "default", to: str = "dense", force: 
     for path, layer in layers:
         layer.unmerged = (layer.base,)
         layer.base = merged[path]
+    carried(model).merged = True
     return report
 
 
@@ -98,19 +100,21 @@ def unmerge(model: nn.Module) -> None:
     for layer in layers:
         (layer.base,) = layer.unmerged
         layer.unmerged = ()
+    carried(model).merged = False
 
 
 @torch.no_grad()
-def merged_weight(layer: AdaptedLinear, acting: list[tuple[Adapter, float]]) -> tuple[Tensor, Tensor, Tensor | None]:
+def merged_weight(
+    layer: AdaptedLinear, acting: list[tuple[str, Adapter, float]]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(W, W', bias') in fp32, by the equation above.  (O, I), (O, I), (O,)"""
-    if isinstance(acting[0][0], TrainedCopy):
-        base_weight = layer.base.weight.detach().float()  # type: ignore[union-attr, operator]
-    else:
-        base_weight = dense_weight(layer.base).float()
+    copied = isinstance(acting[0][1], TrainedCopy) and not stores_transposed(layer.base)
+    stored = layer.base.weight.detach() if copied else dense_weight(layer.base)  # a norm's weight is no linear layer's
+    base_weight = stored.float()  # type: ignore[union-attr, operator]
     bias = getattr(layer.base, "bias", None)
     base_bias = None if bias is None else bias.detach().float()
     weight, new_bias = base_weight.clone(), None if base_bias is None else base_bias.clone()
-    for adapter, share in acting:
+    for _, adapter, share in acting:
         w, b = adapter.merge(base_weight, base_bias)
         weight += share * (w - base_weight)
         if b is not None:
@@ -119,7 +123,7 @@ def merged_weight(layer: AdaptedLinear, acting: list[tuple[Adapter, float]]) -> 
     return base_weight, weight, new_bias
 
 
-def _merged_layer(layer: AdaptedLinear, acting: list[tuple[Adapter, float]], to: str) -> tuple[nn.Module, float]:
+def _merged_layer(layer: AdaptedLinear, acting: list[tuple[str, Adapter, float]], to: str) -> tuple[nn.Module, float]:
     before, weight, bias = merged_weight(layer, acting)
     base = layer.base
     if to == "nf4" and isinstance(base, QuantizedLinear):
@@ -153,11 +157,7 @@ def _like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer of base's class with another weight and bias. A shallow copy shares all else."""
     new = base.__class__.__new__(base.__class__)
     new.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in base.__dict__.items()}
-    stored = (
-        weight.T.contiguous()
-        if is_conv1d(base) or (isinstance(base, nn.Embedding) and weight.shape != base.weight.shape)
-        else weight
-    )
+    stored = weight.T.contiguous() if stores_transposed(base) else weight
     new._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
     new._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
     if isinstance(base, nn.Embedding):

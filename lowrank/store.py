@@ -4,6 +4,7 @@ The file holds no time of day: the same run gives the same bytes. Loading is str
 tensor is an error, and so is another base model, unless forced.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.active import activate
-from lowrank.adapter import METHODS, adapted_layers, require_adapter
+from lowrank.adapter import METHODS, Adapter, adapted_layers, require_adapter, require_unmerged
 from lowrank.errors import FileFormatError, unknown
 from lowrank.files import read_json, read_tensors, write_json, write_tensors
-from lowrank.targets import attach, attachments, detach, train_only
+from lowrank.targets import Attachment, attachments, build, check_name, put, train_only
 
 VERSION = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -23,11 +23,7 @@ TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The adapter's own tensors: "model.layers.0.self_attn.q_proj.lora_A" -> (R, I)."""
-    return {
-        f"{path}.{key}": value.detach()
-        for path, layer in adapted_layers(model, name)
-        for key, value in layer.adapters[name].state_dict().items()
-    }
+    return state_of({path: layer.adapters[name] for path, layer in adapted_layers(model, name)})  # type: ignore[misc]
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", format: str = "lowrank") -> None:
@@ -87,24 +83,23 @@ def load_adapter(
             f"{folder / DESCRIPTION}: the configuration does not fit method {description['method']!r}: {error}"
         ) from error
     name = name or default_name(model, folder)
+    check_name(model, name)
+    require_unmerged(model, "loading another adapter")
+    copies = [path for path in description["layers"] if _is_copy(path, set(description["train_also"]))]
+    paths = [path for path in description["layers"] if path not in copies]
     tensors = read_tensors(folder / TENSORS)
-    before = {path: layer.active for path, layer in adapted_layers(model)}
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    copies = set(description["train_also"])
-    layers = [path for path in description["layers"] if not _is_copy(path, copies)]
-    attach(model, config, layers, train_also=[p for p in description["layers"] if _is_copy(p, copies)], name=name)
-    try:
-        fill(model, name, tensors, folder)
-    except ValueError:
-        detach(model, name)
-        for path, layer in adapted_layers(model):
-            layer.active = before[path]
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
-        raise
+    config, adapters = build(model, config, paths, copies)  # not on the model yet: an error leaves it as it was
+    fill(adapters, tensors, folder)
+    attachment = Attachment(
+        method=description["method"],
+        config=config,
+        targets=description.get("targets"),
+        train_also=tuple(description["train_also"]),
+        layers=tuple(description["layers"]),
+    )
+    put(model, name, adapters, attachment)
     if not trainable:
         train_only(model, None)
-    activate(model, name)
     return name
 
 
@@ -118,9 +113,14 @@ def default_name(model: nn.Module, folder: Path) -> str:
     return name
 
 
-def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Copy `tensors` into the adapter, all of them, each of the right shape; or raise FileFormatError and copy nothing."""
-    own = adapter_state(model, name)
+def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """ "model.layers.0.self_attn.q_proj.lora_A" -> the tensor itself."""
+    return {f"{path}.{key}": value for path, a in adapters.items() for key, value in a.state_dict().items()}
+
+
+def fill(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy all `tensors` into the adapters, each of the right shape; or raise FileFormatError and copy none."""
+    own = state_of(adapters)
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or foreign:
         parts = [
@@ -165,6 +165,7 @@ def _check_base(model: nn.Module, description: dict[str, Any], folder: Path, for
         saved, here = description.get(field), getattr(origin, field, None)
         if saved and here and saved != here and not force:
             raise ValueError(
-                f"{folder} was trained on another {what} (hash {saved[:12]}), this one has {here[:12]} ({getattr(origin, 'path', '?')}):"
+                f"{folder} was trained on another {what} (hash {saved[:12]}), this one has {here[:12]}"
+                f" ({getattr(origin, 'path', '?')}):"
                 " load the base that it was trained on, or pass force=True"
             )

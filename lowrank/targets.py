@@ -6,7 +6,7 @@ match the whole name. Each pattern must match something: a typing error is an er
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,19 @@ from torch import nn
 from lowrank import methods as methods  # registers them
 from lowrank.adapter import (
     METHODS,
+    Acting,
     AdaptedLinear,
     Adapter,
+    Slot,
     TrainedCopy,
+    Weights,
     adapted_layers,
+    carried,
     features,
     is_linear,
     may_fuse,
     require_adapter,
+    require_unmerged,
 )
 from lowrank.errors import did_you_mean
 from lowrank.quant.linear import QuantizedLinear
@@ -74,67 +79,94 @@ class Coverage:
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:
     """The adapters of a model by name, each with what it was made from."""
-    return model.__dict__.setdefault("_lowrank_attachments", {})
+    return carried(model).attachments
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, layer) of everything an adapter could be asked to go to; an adapted layer counts as its base."""
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if path == "" or path.startswith(inside):
-            continue
-        if isinstance(module, AdaptedLinear):
-            inside = (*inside, f"{path}.")
-            yield path, module.base
-        else:
-            yield path, module
+def places(model: nn.Module) -> dict[str, nn.Module]:
+    """path -> layer of everything an adapter could be asked to go to; an adapted layer counts as its base."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        for child, inner in module._modules.items():
+            if inner is not None:
+                name = f"{path}.{child}" if path else child
+                if isinstance(inner, AdaptedLinear):
+                    found[name] = inner.base
+                else:
+                    found[name] = inner
+                    walk(inner, name)
+
+    walk(model, "")
+    return found
 
 
 def find_targets(
-    model: nn.Module, targets: Targets, exclude: Sequence[str] = (), linear_only: bool = True
+    model: nn.Module, targets: Targets, exclude: Sequence[str] = (), place: str = "linear"
 ) -> dict[str, list[str]]:
-    """pattern -> names of the layers that it matches. ValueError where a pattern matches nothing, naming what is near."""
-    everything = dict(places(model))
-    candidates = {
-        path: layer for path, layer in everything.items() if is_linear(layer) or isinstance(layer, nn.Embedding)
-    }
+    """pattern -> names of the layers that it matches. ValueError where one matches nothing, naming what is near."""
+    everything = places(model)
+    candidates = [path for path, layer in everything.items() if fits(layer, place)]
+    if not candidates:
+        raise ValueError(_no_place(model, place))
     if targets == "all-linear":
-        chosen = {
-            "all-linear": [
-                p for p, layer in everything.items() if is_linear(layer) and p.rsplit(".", 1)[-1] not in HEADS
-            ]
-        }
-        if not chosen["all-linear"]:
+        body = [p for p in candidates if is_linear(everything[p]) and p.rsplit(".", 1)[-1] not in HEADS]
+        if not body:
             raise ValueError("the model has no linear layer beside its head")
-        chosen = _by_leaf(chosen["all-linear"])
+        chosen = _by_leaf(body)
+    elif targets == "all" and place != "linear":
+        chosen = _by_leaf(candidates)
     else:
         if not targets:
             raise ValueError("targets must name at least one layer, or be None or 'all-linear'")
-        patterns = [targets] if isinstance(targets, str) else list(targets)
         chosen = {}
-        for pattern in patterns:
-            matches = _matches(pattern, isinstance(targets, str), everything)
-            if linear_only:
-                linear = [path for path in matches if path in candidates]
-                if matches and not linear:
-                    kind = type(everything[matches[0]]).__name__
-                    raise ValueError(
-                        f"target {pattern!r} matches {matches[0]}, a {kind}; wanted a linear layer or an embedding"
-                    )
-                matches = linear
-            if not matches:
-                leaves = sorted({path.rsplit(".", 1)[-1] for path in (candidates if linear_only else everything)})
+        for pattern in [targets] if isinstance(targets, str) else targets:
+            found = matches(pattern, isinstance(targets, str), everything)
+            fitting = [path for path in found if fits(everything[path], place)]
+            if found and not fitting:
+                kind = type(everything[found[0]]).__name__
+                raise ValueError(f"target {pattern!r} matches {found[0]}, a {kind}; wanted {KINDS[place]}")
+            if not found:
+                leaves = sorted({path.rsplit(".", 1)[-1] for path in candidates})
                 near = did_you_mean(pattern.rsplit(".", 1)[-1], leaves)
-                what = "linear layers" if linear_only else "layers"
                 raise ValueError(
-                    f"no module matches target {pattern!r}{near}; the {what} of this model end in {', '.join(leaves)}"
+                    f"no module matches target {pattern!r}{near}; the layers of this model that could be meant end in"
+                    f" {', '.join(leaves)}"
                 )
-            chosen[pattern] = matches
+            chosen[pattern] = fitting
     dropped = {path for pattern in exclude for path in _excluded(pattern, everything)}
     kept = {pattern: [path for path in paths if path not in dropped] for pattern, paths in chosen.items()}
     if not any(kept.values()):
         raise ValueError(f"exclude={list(exclude)} leaves no layer of targets {targets!r}")
     return {pattern: paths for pattern, paths in kept.items() if paths}
+
+
+KINDS = {
+    "linear": "a linear layer or an embedding",
+    "own": "a layer with a weight of its own (a norm, a head, an embedding)",
+    "sublayer": "the output of a sub-layer",
+    "attention prefix": "an attention prefix slot",
+    "embeddings": "the input embedding",
+}
+
+
+def fits(layer: nn.Module, place: str) -> bool:
+    """Whether a method of this place may go to `layer`: decided by what the layer is, never by the model's class."""
+    if place == "linear":
+        return is_linear(layer) or isinstance(layer, nn.Embedding)
+    if place == "own":
+        return isinstance(getattr(layer, "weight", None), torch.Tensor) and not isinstance(layer, QuantizedLinear)
+    if place == "embeddings":
+        return isinstance(layer, nn.Embedding)
+    return isinstance(layer, Slot) and layer.place == place
+
+
+def _no_place(model: nn.Module, place: str) -> str:
+    if place in ("sublayer", "attention prefix"):
+        return (
+            f"{type(model).__name__} does not offer {KINDS[place]}: lowrank's own models do (lowrank.load), or put a"
+            f" lowrank.adapter.Slot({place!r}, ...) into yours"
+        )
+    return f"{type(model).__name__} has nothing that an adapter of place {place!r} could go to ({KINDS[place]})"
 
 
 def _by_leaf(paths: Iterable[str]) -> dict[str, list[str]]:
@@ -144,7 +176,8 @@ def _by_leaf(paths: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _matches(pattern: str, is_regex: bool, everything: Iterable[str]) -> list[str]:
+def matches(pattern: str, is_regex: bool, everything: Iterable[str]) -> list[str]:
+    """The paths that a pattern names: by whole dotted suffix, or by a regular expression for the whole path."""
     if not is_regex:
         return [path for path in everything if path == pattern or path.endswith("." + pattern)]
     try:
@@ -155,12 +188,12 @@ def _matches(pattern: str, is_regex: bool, everything: Iterable[str]) -> list[st
 
 
 def _excluded(pattern: str, everything: dict[str, nn.Module]) -> list[str]:
-    matches = _matches(pattern, False, everything)
-    if not matches:
+    found = matches(pattern, False, everything)
+    if not found:
         raise ValueError(
             f"exclude={pattern!r} matches no module{did_you_mean(pattern, [p.rsplit('.', 1)[-1] for p in everything])}"
         )
-    return matches
+    return found
 
 
 def attach(
@@ -179,45 +212,91 @@ def attach(
     is then as it was.
     """
     method = method_of(config)
+    check_name(model, name)
+    require_unmerged(model, "attaching another adapter")
+    wanted = list(method.default_targets) if isinstance(method.default_targets, tuple) else method.default_targets
+    found = find_targets(model, wanted if targets is None else targets, exclude, method.place)
+    copies = find_targets(model, list(train_also), place="own") if train_also else {}
+    config, adapters = build(model, config, _flat(found), _flat(copies))
+    layers = places(model)
+    _warn_of_rank(config, adapters, layers)
+    put(
+        model,
+        name,
+        adapters,
+        Attachment(
+            method=method.method,
+            config=config,
+            targets=list(targets) if isinstance(targets, list | tuple) else targets,  # type: ignore[arg-type]
+            train_also=tuple(train_also),
+            layers=tuple(adapters),
+        ),
+    )
+    return coverage(model, name, found | copies)
+
+
+def _flat(found: dict[str, list[str]]) -> list[str]:
+    return list(dict.fromkeys(path for paths in found.values() for path in paths))
+
+
+def check_name(model: nn.Module, name: str) -> None:
     if name in attachments(model):
         raise ValueError(f"the model has an adapter {name!r} already; detach it or choose another name")
-    if not name or "." in name:
-        raise ValueError(f"an adapter's name must be non-empty and without dots, got {name!r}")
-    if any(layer.unmerged for _, layer in adapted_layers(model)):
-        raise RuntimeError("the model is merged: unmerge it before attaching another adapter")
-    wanted = list(method.default_targets) if isinstance(method.default_targets, tuple) else method.default_targets
-    found = find_targets(model, wanted if targets is None else targets, exclude)
-    copies = find_targets(model, list(train_also), linear_only=False) if train_also else {}
-    layers = dict(places(model))
-    adapters: dict[str, Adapter] = {}
-    for paths, make in [*((p, method) for p in found.values()), *((p, TrainedCopy) for p in copies.values())]:
-        for path in paths:
-            if path not in adapters:
-                adapters[path] = _build(make, config, layers[path], path)
-    _warn_of_rank(config, adapters, layers)
-    model.__dict__.setdefault("_lowrank_trained_before", trainable_parameters(model))
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"an adapter's name must be non-empty, without dots and no word of torch's modules (train, values, ...),"
+            f" got {name!r}"
+        )
+
+
+def build(
+    model: nn.Module, config: Any, paths: Iterable[str], copies: Iterable[str] = ()
+) -> tuple[Any, dict[str, Adapter]]:
+    """The completed configuration and path -> adapter for exactly these layers. The model is not touched."""
+    layers, method = places(model), method_of(config)
+    paths = list(paths)
+    if absent := [path for path in (*paths, *copies) if path not in layers]:
+        raise ValueError(f"the model has no layer {absent[0]!r}{did_you_mean(absent[0], layers)}")
+    config = method.complete(config, {path: layers[path] for path in paths})
+    adapters = {path: _build(method, config, layers[path], path) for path in paths}
+    adapters |= {path: _build(TrainedCopy, config, layers[path], path) for path in copies if path not in adapters}
+    own = tuple(adapter for adapter in adapters.values() if not isinstance(adapter, TrainedCopy))
+    for adapter in own:
+        adapter.__dict__["peers"] = own  # past nn.Module, which would register them
+    return config, adapters
+
+
+def put(model: nn.Module, name: str, adapters: Mapping[str, Adapter], attachment: Attachment) -> None:
+    """Set built adapters on the model, as the only active one and the only one that trains."""
+    state = carried(model)
+    if not state.attachments:
+        state.trained_before = trainable_parameters(model)
     for path, adapter in adapters.items():
-        wrap(model, path).adapters[name] = adapter
-    attachments(model)[name] = Attachment(
-        method=method.method,
-        config=config,
-        targets=list(targets) if isinstance(targets, list | tuple) else targets,  # type: ignore[arg-type]
-        train_also=tuple(train_also),
-        layers=tuple(adapters),
-    )
-    for _, layer in adapted_layers(model):
-        layer.active = ((name, 1.0),)
+        wrap(model, path).put(name, adapter)
+    state.attachments[name] = attachment
+    state.selection.now = Acting(((name, 1.0),))
     train_only(model, name)
-    own = [adapter for path, adapter in adapters.items() if not isinstance(adapter, TrainedCopy)]
+
+
+def coverage(model: nn.Module, name: str, found: dict[str, list[str]] | None = None) -> Coverage:
+    """What the adapter `name` reaches, for the coverage table."""
+    layers = places(model)
+    adapters = {path: layer.adapters[name] for path, layer in adapted_layers(model, name)}
+    own = {path: adapter for path, adapter in adapters.items() if not isinstance(adapter, TrainedCopy)}
     return Coverage(
-        method=method.method,
+        method=attachments(model)[name].method,
         name=name,
-        layers=found | copies,
+        layers=found or _by_leaf(adapters),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count_parameters(model),
-        fused=all(may_fuse(adapter) for adapter in own),
-        shapes={path: features(layers[path]) for path in adapters if not isinstance(adapters[path], TrainedCopy)},
+        fused=all(may_fuse(adapter) for adapter in own.values()),  # type: ignore[arg-type]
+        shapes={path: shape for path in own if (shape := shape_of(layers[path])) is not None},
     )
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int] | None:
+    """(I, O) of what has them."""
+    return None if isinstance(layer, Slot) else features(layer)
 
 
 def method_of(config: Any) -> type[Adapter]:
@@ -230,21 +309,23 @@ def method_of(config: Any) -> type[Adapter]:
 
 
 def _build(method: type[Adapter], config: Any, base: nn.Module, path: str) -> Adapter:
+    own = config.at(path) if hasattr(config, "at") else config  # settings that differ by layer (rank patterns)
     try:
-        adapter = method(None if method is TrainedCopy else config, base)
+        adapter = method(None if method is TrainedCopy else own, base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return adapter.to(next(base.parameters()).device)
+    parameter = next(base.parameters(), None)
+    return adapter if parameter is None else adapter.to(parameter.device)
 
 
 def _warn_of_rank(config: Any, adapters: dict[str, Adapter], layers: dict[str, nn.Module]) -> None:
     rank = getattr(config, "rank", 0)
     own = [path for path, adapter in adapters.items() if not isinstance(adapter, TrainedCopy)]
-    small = [path for path in own if rank > min(features(layers[path]))]
+    small = [path for path in own if (shape := shape_of(layers[path])) is not None and rank > min(shape)]
     if small:
         size = min(features(layers[small[0]]))
         warnings.warn(
-            f"rank {rank} is above min(I, O) = {size} of {small[0]} and {len(small) - 1} more: rank {size} says as much",
+            f"rank {rank} is above min(I, O) = {size} of {small[0]} and {len(small) - 1} more: {size} says as much",
             stacklevel=3,
         )
 
@@ -253,7 +334,8 @@ def wrap(model: nn.Module, path: str) -> AdaptedLinear:
     """The AdaptedLinear at `path`, put around the layer where there is none yet."""
     layer = model.get_submodule(path)
     if not isinstance(layer, AdaptedLinear):
-        layer = AdaptedLinear(layer)
+        layer = AdaptedLinear(layer, carried(model).selection)
+        layer.train(layer.base.training)
         _replace(model, path, layer)
     return layer
 
@@ -276,18 +358,27 @@ def train_only(model: nn.Module, name: str | None) -> None:
 def detach(model: nn.Module, name: str = "default") -> None:
     """Take an adapter off, in place. With the last one gone the model is what it was before the first."""
     require_adapter(model, [name])
-    if any(layer.unmerged for _, layer in adapted_layers(model)):
-        raise RuntimeError("the model is merged: unmerge it before detaching an adapter")
+    require_unmerged(model, "detaching an adapter")
+    state = carried(model)
     for path, layer in list(adapted_layers(model)):
         if name in layer.adapters:
-            del layer.adapters[name]
-        layer.active = tuple((other, weight) for other, weight in layer.active if other != name)
+            layer.remove(name)
         if not layer.adapters:
             _replace(model, path, layer.base)
-    del attachments(model)[name]
-    if not attachments(model):
-        for parameter in model.__dict__.pop("_lowrank_trained_before"):
+    now = state.selection.now
+    left = dict(adapted_layers(model)).values()
+    state.selection.now = Acting(
+        _without(now.everywhere, name), {layer: _without(w, name) for layer, w in now.layers.items() if layer in left}
+    )
+    del state.attachments[name]
+    if not state.attachments:
+        for parameter in state.trained_before:
             parameter.requires_grad_(True)
+        del model.__dict__["_lowrank"]
+
+
+def _without(weights: Weights, name: str) -> Weights:
+    return tuple((other, weight) for other, weight in weights if other != name)
 
 
 def count_parameters(model: nn.Module) -> int:

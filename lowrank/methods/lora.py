@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapter import Adapter, features, register
+from lowrank.adapter import Adapter, features, linear, register
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LoRA(Adapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        h = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., I) -> (..., R), in the adapter's dtype
+        h = linear(self.dropout(x) if self.dropout.p else x, self.lora_A)  # (..., I) -> (..., R), in A's dtype
         return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)  # (..., R) -> (..., O)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
