@@ -1,0 +1,222 @@
+"""Where weights come from: a Hugging Face folder (safetensors, sharded or not) or a GGUF file, one tensor at a time."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowrank.errors import FileFormatError
+from lowrank.files import read_json
+from lowrank.models.families import ModelConfig, config_from_gguf, config_from_json, family_of, gguf_name
+from lowrank.models.gguf import GGUF, SAMPLE, sample_starts
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Checkpoint(Protocol):
+    """Weights under our model's parameter paths."""
+
+    path: Path
+    config: ModelConfig
+
+    def shape(self, path: str) -> tuple[int, ...] | None:
+        """The stored shape of a parameter, None where the checkpoint does not have it."""
+
+    def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
+        """One parameter in `dtype`, on the CPU."""
+
+    def unused(self, paths: set[str]) -> list[str]:
+        """What the checkpoint holds beyond `paths`."""
+
+    def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
+        """(stored name, shape, sample of the stored bytes) of every tensor, by name."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A .gguf file, or a folder with config.json and safetensors (or one .gguf file)."""
+    path = Path(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GGUFCheckpoint(path)
+        raise _not_a_model(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model at {path}: wanted a folder with config.json, a .gguf file, or 'quickstart'")
+    if (path / "config.json").is_file():
+        return FolderCheckpoint(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return GGUFCheckpoint(files[0])
+    if files:
+        raise ValueError(f"{path} holds {len(files)} GGUF files; name one of them: {', '.join(f.name for f in files)}")
+    raise FileNotFoundError(f"{path} holds neither config.json nor a .gguf file: it is no model folder")
+
+
+def _not_a_model(path: Path) -> ValueError:
+    if path.suffix in PICKLES:
+        return ValueError(_pickle_text(path))
+    return ValueError(f"{path} is no model this reader knows: wanted a .gguf file or a folder with config.json")
+
+
+def _pickle_text(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which can run any code when it is read, so it is refused. Convert it once where you trust "
+        "it: load it with torch.load(path, weights_only=True) and write it with safetensors.torch.save_file"
+    )
+
+
+class FolderCheckpoint:
+    """config.json and model.safetensors, or the shards that model.safetensors.index.json names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = config_from_json(read_json(path / "config.json"), str(path / "config.json"))
+        self._files: dict[Path, Any] = {}
+        self._stored: dict[str, Path] = {}  # stored name -> its file
+        for file in self._weight_files():
+            for name in self._open(file).keys():  # noqa: SIM118 (safe_open is no dict)
+                if name in self._stored:
+                    raise FileFormatError(f"tensor {name!r} is in {self._stored[name].name} and in {file.name}")
+                self._stored[name] = file
+        self._prefix = self._find_prefix()
+
+    def shape(self, path: str) -> tuple[int, ...] | None:
+        name = self._name(path)
+        return tuple(self._slice(name).get_shape()) if name in self._stored else None
+
+    def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
+        name = self._name(path)
+        value: Tensor = self._files[self._stored[name]].get_tensor(name)
+        if not value.is_floating_point():
+            raise FileFormatError(f"{self._stored[name]}: tensor {name!r} has type {value.dtype}, wanted floats")
+        return value.to(dtype)
+
+    def unused(self, paths: set[str]) -> list[str]:
+        wanted = {self._name(path) for path in paths}
+        return sorted(name for name in self._stored if name not in wanted)
+
+    def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
+        for name in sorted(self._stored):
+            shape, raw = tuple(self._slice(name).get_shape()), _Raw(self._stored[name])
+            yield name, shape, raw.sample(name)
+
+    def _weight_files(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            raw = read_json(index)
+            names = raw.get("weight_map") if isinstance(raw, dict) else None
+            if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+                raise FileFormatError(f"{index} must hold an object weight_map of tensor name -> file name")
+            files = sorted(set(names.values()))
+            for file in files:
+                if Path(file).name != file:  # a shard lies in the folder, nowhere else
+                    raise FileFormatError(f"{index} names the file {file!r}, wanted a plain name in the same folder")
+                if not (self.path / file).is_file():
+                    raise FileNotFoundError(f"{index} names {file}, which is not in the folder: the download is incomplete")
+            return [self.path / file for file in files]
+        found = sorted(self.path.glob("*.safetensors"))
+        if len(found) == 1:
+            return found
+        if (self.path / "model.safetensors").is_file():
+            return [self.path / "model.safetensors"]
+        if found:
+            raise FileNotFoundError(f"{self.path} has {len(found)} safetensors files and no {index.name} to join them")
+        pickles = sorted(f for f in self.path.iterdir() if f.suffix in PICKLES)
+        if pickles:
+            raise ValueError(_pickle_text(pickles[0]))
+        raise FileNotFoundError(f"{self.path} has a config.json but no weights: wanted model.safetensors")
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise FileFormatError(f"{file} is truncated, damaged or not a safetensors file: {error}") from error
+        return self._files[file]
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._stored[name]].get_slice(name)
+
+    def _find_prefix(self) -> str:
+        """Files of a bare body lack the first part of our paths ("model.", "transformer.", "bert.")."""
+        first = family_of(self.config).names.embed
+        head = first.split(".")[0] + "."
+        return head if f"{first}.weight" not in self._stored and f"{first[len(head):]}.weight" in self._stored else ""
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix(self._prefix) if self._prefix else path
+
+
+class _Raw:
+    """The stored bytes of a safetensors file: length u64, a JSON header, data."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            self.header = json.loads(stream.read(length))
+        self.base = 8 + length
+
+    def sample(self, name: str) -> bytes:
+        start, end = self.header[name]["data_offsets"]
+        parts = []
+        with open(self.file, "rb") as stream:
+            for offset in sample_starts(end - start):
+                stream.seek(self.base + start + offset)
+                parts.append(stream.read(min(SAMPLE, end - start - offset)))
+        return b"".join(parts)
+
+
+class GGUFCheckpoint:
+    """A GGUF file under our parameter paths, with what llama.cpp's converter does to some tensors undone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.gguf = GGUF(path)
+        shapes = {name: info.shape for name, info in self.gguf.tensors.items()}
+        factors = None
+        if "rope_freqs.weight" in shapes:
+            factors = tuple(self.gguf.tensor("rope_freqs.weight").tolist())
+        self.config = config_from_gguf(self.gguf.metadata, shapes, str(path), factors)
+
+    def shape(self, path: str) -> tuple[int, ...] | None:
+        info = self.gguf.tensors.get(gguf_name(self.config, path))
+        return None if info is None else info.shape
+
+    def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
+        family = family_of(self.config)
+        value = self.gguf.tensor(gguf_name(self.config, path), dtype)
+        leaf = path.split(".")[-2]
+        if family.gguf_permuted and leaf in (family.names.q, family.names.k):
+            heads = self.config.n_heads if leaf == family.names.q else self.config.n_kv_heads
+            value = value[unpermuted(value.shape[0], heads)]
+        if family.norm == "rms+1" and value.dim() == 1 and leaf.endswith("norm"):
+            value = (self.gguf.tensor(gguf_name(self.config, path)) - 1).to(dtype)  # the file holds 1 + w
+        return value
+
+    def unused(self, paths: set[str]) -> list[str]:
+        wanted = {gguf_name(self.config, path) for path in paths} | {"rope_freqs.weight"}
+        return sorted(name for name in self.gguf.tensors if name not in wanted)
+
+    def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
+        for name in sorted(self.gguf.tensors):
+            yield name, self.gguf.tensors[name].shape, self.gguf.sample(name)
+
+
+def unpermuted(rows: int, heads: int) -> Tensor:
+    """The row order that undoes the file's: each head's pairs of neighbours become two halves again.  (rows,)"""
+    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def base_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the configuration and of each tensor's name, shape and sample: seconds even for 70B parameters."""
+    digest = hashlib.sha256(json.dumps(asdict(checkpoint.config), sort_keys=True).encode())
+    for name, shape, sample in checkpoint.samples():
+        digest.update(f"{name} {list(shape)} ".encode())
+        digest.update(sample)
+    return digest.hexdigest()

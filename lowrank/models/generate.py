@@ -1,0 +1,143 @@
+"""Text generation: batched, left-padded, with a cache of keys and values allocated once.
+
+Rows that are finished leave the batch, so that a long answer does not make the short ones pay.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.models.decoder import KVCache, positions_from_mask
+from lowrank.models.tokenizer import Tokenizer
+
+Messages = list[dict[str, Any]]
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt_or_messages: str | Messages | Sequence[str | Messages],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Any:
+    """The text that follows a prompt (a string: raw text) or a conversation (message dictionaries: the chat template).
+
+    A list of prompts gives a list. The result leaves out the prompt and special tokens. Greedy at temperature 0.
+    """
+    single = isinstance(prompt_or_messages, str) or (
+        bool(prompt_or_messages) and isinstance(prompt_or_messages[0], dict)
+    )
+    prompts: Any = [prompt_or_messages] if single else prompt_or_messages
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    answers = generate_ids(
+        model, ids, max_new_tokens, tokenizer.eos_ids, tokenizer.pad_id, temperature, top_k, top_p, seed
+    )
+    texts = [tokenizer.decode(answer) for answer in answers]
+    return texts[0] if single else texts
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Messages) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, add_special=True)
+    return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True), parse_special=True)
+
+
+@torch.no_grad()
+def generate_ids(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Collection[int] = (),
+    pad_id: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """New ids for each prompt, without the EOS that ends them. Row i draws from its own generator, seeded seed + i.
+
+    `on_progress` is called after each step with the number of finished rows.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not prompts or max_new_tokens < 1:
+        return answers
+    if not all(prompts):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens; generation needs at least one")
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    device, width = weight.device, max(map(len, prompts))
+    ids, mask = left_padded(prompts, pad_id or 0, max_new_tokens, device)
+    embed = model.get_submodule(model.family.names.embed)  # type: ignore[union-attr]
+    cache = KVCache(model.config, len(prompts), width + max_new_tokens, embed.weight.dtype, device)  # type: ignore[arg-type]
+    sample = Sampler(temperature, top_k, top_p, [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))])
+    ends = frozenset(eos_ids)
+    rows = list(range(len(prompts)))  # which prompt each row of the batch answers
+    positions = positions_from_mask(mask[:, :width])
+    training = model.training
+    model.eval()
+    try:
+        hidden = model.hidden(ids, mask[:, :width], positions, cache)[:, -1]  # type: ignore[operator]
+        for _ in range(max_new_tokens):
+            chosen = sample(model.head(hidden), rows)  # type: ignore[operator]
+            finished = [id in ends for id in chosen]
+            for row, id, done in zip(rows, chosen, finished):
+                if not done:
+                    answers[row].append(id)
+            alive = [i for i, (row, done) in enumerate(zip(rows, finished)) if not done and len(answers[row]) < max_new_tokens]
+            if on_progress is not None:
+                on_progress(len(prompts) - len(alive))
+            if not alive:
+                break
+            positions = positions[:, -1:] + 1
+            if len(alive) < len(rows):
+                keep = torch.tensor(alive, device=device)
+                cache.keep(keep)
+                positions, mask, rows = positions[keep], mask[keep], [rows[i] for i in alive]
+            last = torch.tensor([[answers[row][-1]] for row in rows], device=device)
+            hidden = model.hidden(last, mask[:, : cache.length + 1], positions, cache)[:, -1]  # type: ignore[operator]
+    finally:
+        model.train(training)
+    return answers
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, room: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) with padding on the left, and their mask with `room` ones behind it (B, T + room)."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width + room, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+class Sampler:
+    """Greedy, or a draw from the softmax cut to the `top_k` likeliest and to the nucleus that holds `top_p`."""
+
+    def __init__(self, temperature: float, top_k: int, top_p: float, generators: list[torch.Generator]) -> None:
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"wanted temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
+            )
+        self.temperature, self.top_k, self.top_p, self.generators = temperature, top_k, top_p, generators
+
+    def __call__(self, logits: Tensor, rows: list[int]) -> list[int]:
+        """One id for each row of logits (B, V)."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1).tolist()  # type: ignore[no-any-return]
+        p = (logits.float() / self.temperature).softmax(dim=-1).cpu()
+        order = p.sort(dim=-1, descending=True)
+        p = order.values
+        if self.top_k:
+            p[:, self.top_k :] = 0
+        if self.top_p < 1:
+            p[p.cumsum(dim=-1) - p >= self.top_p * p.sum(dim=-1, keepdim=True)] = 0  # what lies behind the nucleus
+        drawn = torch.stack([torch.multinomial(p[i], 1, generator=self.generators[row]) for i, row in enumerate(rows)])
+        return order.indices.gather(1, drawn)[:, 0].tolist()  # type: ignore[no-any-return]

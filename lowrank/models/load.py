@@ -1,0 +1,153 @@
+"""`load`: a model and its tokenizer from a folder, a GGUF file or the quickstart's package.
+
+Weights stream: one tensor is read, put into its final form (dtype, or quantized codes) and the next one follows, so that
+memory peaks at the final size and the largest tensor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import FileFormatError
+from lowrank.models.checkpoint import Checkpoint, base_hash, open_checkpoint
+from lowrank.models.decoder import Conv1D, Decoder
+from lowrank.models.fetch import quickstart
+from lowrank.models.tokenizer import Tokenizer, tokenizer_of
+from lowrank.quant.linear import QuantizedLinear
+from lowrank.quant.formats import parse_format
+from lowrank.quant.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: what an adapter's file has to remember of its base."""
+
+    path: str
+    base_hash: str
+    tokenizer_hash: str | None
+    chat_template: str | None
+    quantize: str | None
+
+
+def load(
+    source: str | Path,
+    quantize: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "auto",
+    template: str | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, Tokenizer | None]:
+    """(model, tokenizer or None) from "quickstart", a folder or a .gguf file.
+
+    `quantize` (nf4, nf4-dq, ...) rounds every linear layer but the head, from the file's own values in fp32. `template`
+    is a built-in chat template's name or its text; without it the checkpoint's own is used.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
+    if quantize is not None:
+        parse_format(quantize)  # a bad name fails before anything is read
+    path = quickstart(progress=progress) if source == "quickstart" else Path(source)
+    checkpoint = open_checkpoint(path)
+    tokenizer = tokenizer_of(checkpoint)
+    if tokenizer is not None and template is not None:
+        tokenizer = tokenizer.with_template(template)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    with torch.device("meta"):
+        model: nn.Module = Decoder(checkpoint.config)
+    fill(model, checkpoint, quantize, dtype, where, progress)
+    model.origin = Origin(  # type: ignore[assignment]
+        path=str(path),
+        base_hash=base_hash(checkpoint),
+        tokenizer_hash=None if tokenizer is None else tokenizer.hash,
+        chat_template=None if tokenizer is None else tokenizer.chat_template,
+        quantize=quantize,
+    )
+    return model.eval(), tokenizer
+
+
+def fill(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    quantize: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Replace each meta parameter of `model` by the checkpoint's, quantizing linear layers on the way."""
+    tied = tied_paths(model)
+    paths = [path for path, _ in model.named_parameters(remove_duplicate=False) if path not in tied]
+    check(model, checkpoint, paths, tied)
+    for path in ticking(paths, checkpoint.path.name, progress):
+        parent_path, _, leaf = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if leaf == "bias" and isinstance(parent, QuantizedLinear):
+            continue  # read with its weight
+        if quantize is not None and leaf == "weight" and quantizable(parent, parent_path, model):
+            set_module(model, parent_path, quantized(parent, parent_path, checkpoint, quantize, dtype, device))
+            continue
+        parent.register_parameter(leaf, nn.Parameter(checkpoint.tensor(path, dtype).to(device)))
+    if isinstance(model, Decoder):
+        model.tie()
+
+
+def check(model: nn.Module, checkpoint: Checkpoint, paths: list[str], tied: set[str]) -> None:
+    """Every parameter is there and has its shape, and nothing is left over, before the first one is read."""
+    for path in paths:
+        wanted, found = tuple(model.get_parameter(path).shape), checkpoint.shape(path)
+        if found is None:
+            raise FileFormatError(f"{checkpoint.path} has no tensor for {path} {list(wanted)}: it is not complete")
+        if found != wanted:
+            raise FileFormatError(
+                f"{checkpoint.path}: the tensor for {path} is {list(found)}, its configuration asks for {list(wanted)}"
+            )
+    left = [n for n in checkpoint.unused(set(paths) | tied) if not n.endswith(IGNORED)]
+    if left:
+        raise FileFormatError(
+            f"{checkpoint.path} holds {len(left)} tensors that this architecture has no place for: {', '.join(left[:4])}"
+            f"{', ...' if len(left) > 4 else ''}; it would be loaded half, so it is refused"
+        )
+
+
+IGNORED = (".rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
+"""Constants that some checkpoints store; they are computed here."""
+
+
+def tied_paths(model: nn.Module) -> set[str]:
+    """Parameters that are another one's second name."""
+    first = {path for path, _ in model.named_parameters()}
+    return {path for path, _ in model.named_parameters(remove_duplicate=False)} - first
+
+
+def quantizable(layer: nn.Module, path: str, model: nn.Module) -> bool:
+    """Linear layers but the head, as `quantize_model` takes them."""
+    return isinstance(layer, nn.Linear | Conv1D) and path != model.family.names.lm_head  # type: ignore[union-attr]
+
+
+def quantized(
+    layer: nn.Module, path: str, checkpoint: Checkpoint, quantize: str, dtype: torch.dtype, device: torch.device
+) -> QuantizedLinear:
+    format, double = parse_format(quantize)
+    weight = checkpoint.tensor(f"{path}.weight", torch.float32).to(device)
+    weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+    bias: Tensor | None = None
+    if layer.bias is not None:
+        bias = checkpoint.tensor(f"{path}.bias", dtype).to(device)
+    return QuantizedLinear(QuantizedTensor.quantize(weight, format, double_quant=double), bias)
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def ticking(paths: list[str], name: str, progress: bool) -> Iterator[str]:
+    """The paths, with a progress bar on a terminal."""
+    if not progress:
+        yield from paths
+        return
+    from rich.progress import track
+
+    yield from track(paths, description=f"loading {name}", transient=True)

@@ -1,0 +1,313 @@
+"""Text to ids and back: tokenizer.json, tokenizer.model (sentencepiece) or GGUF metadata, behind one small class.
+
+Special tokens written in a text are plain text unless `parse_special=True`: what a user types never becomes a
+control token. A chat template's text, which holds them on purpose, is encoded with `parse_special=True`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from lowrank.errors import FileFormatError, unknown
+from lowrank.files import read_json
+from lowrank.models.checkpoint import Checkpoint, GGUFCheckpoint
+from lowrank.models.templates import render, template_text
+
+
+class Vocabulary(Protocol):
+    """What encodes and decodes: the two back ends below."""
+
+    size: int
+    hash: str
+
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
+    def token(self, id: int) -> str: ...
+    def id(self, token: str) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    vocabulary: Vocabulary
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    eos_ids: frozenset[int] = frozenset()
+    """Every token that ends an answer."""
+    chat_template: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the vocabulary and its rules, without the template."""
+        return self.vocabulary.hash
+
+    def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Ids of a text. `add_special` puts the tokenizer's own BOS / EOS around it, where it has a rule for that."""
+        return self.vocabulary.encode(text, add_special, parse_special)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        return self.vocabulary.decode(list(ids), skip_special)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """The conversation as text; encode it with `parse_special=True` and without `add_special`."""
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template; choose one, e.g. tokenizer.with_template('chatml')")
+        return render(self.chat_template, messages, add_generation_prompt, self._special)
+
+    def with_template(self, name_or_text: str) -> "Tokenizer":
+        """The same tokenizer with a built-in chat template (by name) or the given one (its text)."""
+        return replace(self, chat_template=template_text(name_or_text))
+
+    @property
+    def _special(self) -> dict[str, str]:
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: "" if id is None else self.vocabulary.token(id) for name, id in ids.items()}
+
+
+class FastVocabulary:
+    """The `tokenizers` library's tokenizer: BPE, WordPiece, Unigram."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, add_bos: int | None = None) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        self.inner, self.add_bos = inner, add_bos
+        self.size: int = inner.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def hash(self) -> str:
+        return hashlib.sha256(f"{self.inner.to_str()} {self.add_bos}".encode()).hexdigest()
+
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        self.inner.encode_special_tokens = not parse_special  # True there means: as plain text
+        ids: list[int] = self.inner.encode(text, add_special_tokens=add_special).ids
+        return [self.add_bos, *ids] if add_special and self.add_bos is not None else ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+        return str(self.inner.decode(ids, skip_special_tokens=skip_special))
+
+    def token(self, id: int) -> str:
+        return self.inner.id_to_token(id) or ""
+
+    def id(self, token: str) -> int | None:
+        found: int | None = self.inner.token_to_id(token)
+        return found
+
+
+class PieceVocabulary:
+    """A sentencepiece model. Control pieces, which it never parses, are cut out of the text first."""
+
+    def __init__(self, model: bytes, where: str) -> None:
+        import sentencepiece
+
+        try:
+            self.inner = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, TypeError, ValueError, OSError) as error:
+            raise FileFormatError(f"{where} is damaged or no sentencepiece model: {error}") from error
+        self.size: int = self.inner.get_piece_size()
+        self.hash = hashlib.sha256(model).hexdigest()
+        control = [self.inner.id_to_piece(i) for i in range(self.size) if self.inner.is_control(i)]
+        self._special = {piece: self.inner.piece_to_id(piece) for piece in control if piece}
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")")
+
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text) if parse_special and self._special else [text]:
+            ids += [self._special[part]] if parse_special and part in self._special else self.inner.encode(part)
+        bos = self.inner.bos_id()
+        return [bos, *ids] if add_special and bos >= 0 else ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+        if skip_special:
+            return str(self.inner.decode([i for i in ids if not self.inner.is_control(i)]))
+        parts, run = [], []
+        for i in ids:
+            if self.inner.is_control(i):
+                parts += [self.inner.decode(run), self.inner.id_to_piece(i)]
+                run = []
+            else:
+                run.append(i)
+        return "".join([*parts, self.inner.decode(run)])
+
+    def token(self, id: int) -> str:
+        return str(self.inner.id_to_piece(id)) if 0 <= id < self.size else ""
+
+    def id(self, token: str) -> int | None:
+        found = self.inner.piece_to_id(token)
+        return found if self.inner.id_to_piece(found) == token else None
+
+
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS = {  # tokenizer.ggml.pre -> (digits stand alone first, the words' pattern)
+    "smollm": (True, _GPT2_WORDS),
+    "starcoder": (True, _GPT2_WORDS),
+    "gpt-2": (False, _GPT2_WORDS),
+    "default": (False, _GPT2_WORDS),
+    "phi-2": (False, _GPT2_WORDS),
+    "llama-bpe": (False, _LLAMA3_WORDS),
+    "llama3": (False, _LLAMA3_WORDS),
+    "qwen2": (False, _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")),
+}
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer | None:
+    """The tokenizer that a GGUF file carries, None where it has none."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None or kind == "no_vocab":
+        return None
+    if kind != "gpt2":
+        raise ValueError(
+            f"{where} has a tokenizer of kind {kind!r}; from GGUF metadata only 'gpt2' (byte-level BPE) is read. "
+            "Put the model's tokenizer.json or tokenizer.model beside the file"
+        )
+    tokens, merges = _strings(metadata, "tokens", where), _strings(metadata, "merges", where)
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise FileFormatError(f"{where}: {len(types)} token types for {len(tokens)} tokens")
+    rule = metadata.get("tokenizer.ggml.pre", "default")
+    if rule not in _WORDS:
+        raise unknown(f"pre-tokenizer in {where}:", rule, _WORDS)
+    digits, words = _WORDS[rule]
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise FileFormatError(f"{where}: a merge must be two tokens with a space between them")
+    try:
+        # llama.cpp takes a word that is a token whole, without merging, for Llama 3 alone
+        inner = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: i for i, token in enumerate(tokens)},
+                merges=pairs,  # type: ignore[arg-type]
+                ignore_merges=words is _LLAMA3_WORDS,
+            )
+        )
+    except Exception as error:  # the library raises plain Exceptions
+        raise FileFormatError(f"{where}: the tokenizer's vocabulary and merges do not fit together: {error}") from error
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    steps += [
+        pre_tokenizers.Split(Regex(words), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=bool(metadata.get("tokenizer.ggml.add_space_prefix")), use_regex=False),
+    ]
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    for kind_, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types) if k == kind_]
+        inner.add_special_tokens(added) if special else inner.add_tokens(added)
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding", "eot")}
+    for name, id in ids.items():
+        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
+            raise FileFormatError(f"{where}: {name}_token_id is {id!r}, the vocabulary has {len(tokens)} tokens")
+    return Tokenizer(
+        FastVocabulary(inner, add_bos=ids["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else None),
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        pad_id=ids["padding"],
+        eos_ids=frozenset(id for id in (ids["eos"], ids["eot"]) if id is not None),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _strings(metadata: dict[str, Any], name: str, where: str) -> list[str]:
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise FileFormatError(f"{where}: tokenizer.ggml.{name} must be a list of strings")
+    return value
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a folder, a tokenizer.json, a sentencepiece .model or a .gguf file."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from lowrank.models.gguf import GGUF
+
+        found = gguf_tokenizer(GGUF(path).metadata, str(path))
+        if found is None:
+            raise ValueError(f"{path} carries no tokenizer")
+        return found
+    file = path
+    if path.is_dir():
+        file = next((path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()), path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer at {path}: wanted tokenizer.json, tokenizer.model or a .gguf file")
+    if file.suffix == ".json":
+        read_json(file)  # a clear error for what is not JSON
+        try:
+            vocabulary: Vocabulary = FastVocabulary(tokenizers.Tokenizer.from_file(str(file)))
+        except Exception as error:  # the library raises plain Exceptions
+            raise FileFormatError(f"{file} is damaged or no tokenizer.json: {error}") from error
+    else:
+        vocabulary = PieceVocabulary(file.read_bytes(), str(file))
+    return _with_settings(vocabulary, file.parent)
+
+
+def _with_settings(vocabulary: Vocabulary, folder: Path) -> Tokenizer:
+    """Special ids and the chat template from the JSON files that lie beside a tokenizer."""
+    settings = _object(folder / "tokenizer_config.json")
+    special = {**_object(folder / "special_tokens_map.json"), **settings}
+    config, generation = _object(folder / "config.json"), _object(folder / "generation_config.json")
+
+    def id_of(name: str) -> int | None:
+        token = special.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and vocabulary.id(token) is not None:
+            return vocabulary.id(token)
+        ids = config.get(f"{name}_token_id")
+        ids = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(ids, int) and 0 <= ids < vocabulary.size:
+            return ids
+        inner = getattr(vocabulary, "inner", None)
+        method = getattr(inner, f"{name}_id", None)  # sentencepiece says it itself
+        return method() if callable(method) and method() >= 0 else None
+
+    eos = id_of("eos")
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named ones: the default
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    return Tokenizer(
+        vocabulary,
+        bos_id=id_of("bos"),
+        eos_id=eos,
+        pad_id=id_of("pad"),
+        eos_ids=frozenset(id for id in (eos, *ends) if isinstance(id, int) and id >= 0),
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FileFormatError(f"{path} must hold a JSON object, got {json.dumps(value)[:40]}")
+    return value
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    """A checkpoint's tokenizer: beside it as a file, or in the GGUF's metadata; None where there is none."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    beside = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if isinstance(checkpoint, GGUFCheckpoint):
+        kind = checkpoint.gguf.metadata.get("tokenizer.ggml.model")
+        if kind == "gpt2" or (kind is not None and not beside):
+            return gguf_tokenizer(checkpoint.gguf.metadata, str(checkpoint.path))
+    return load_tokenizer(folder) if beside else None
