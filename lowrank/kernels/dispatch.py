@@ -1,0 +1,89 @@
+"""Which version of a kernel runs, and the two Triton helpers that make interpreted and compiled runs agree.
+
+    LOWRANK_KERNELS=auto     Triton where every tensor is on a GPU, else the plain reference (the default)
+    LOWRANK_KERNELS=ref      the plain reference everywhere
+    LOWRANK_KERNELS=triton   Triton everywhere; on a CPU this needs TRITON_INTERPRET=1, set before Python starts
+
+Kernel files take `tl`, `triton`, `store` and `dot` from here, so that they import where Triton is not installed.
+"""
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from lowrank.errors import unknown
+
+try:
+    import triton
+    import triton.language as tl
+
+    INSTALLED = True
+except ImportError:
+    INSTALLED = False
+
+    class _Inert:
+        """Stands in for `triton` and `tl`: decorates and annotates without effect; launching a kernel is an error."""
+
+        def __getattr__(self, name: str) -> "_Inert":
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> "_Inert":
+            return self
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError("this kernel needs Triton, which is not installed; LOWRANK_KERNELS=ref does without")
+
+    triton = tl = _Inert()
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+MODES = ("auto", "ref", "triton")
+
+
+@triton.jit
+def store(ptr, value, mask=None):
+    """tl.store with the rounding of torch. The interpreter truncates fp32 to bf16, so there it is done on the bits."""
+    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to nearest, ties to even
+        rounded = tl.where(value != value, 0x7FC00000, rounded)
+        value = rounded.to(tl.uint32).to(tl.float32, bitcast=True)
+    tl.store(ptr, value, mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, accumulated in fp32. The interpreter multiplies bf16 wrongly: there both are widened (exactly)."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def mode() -> str:
+    """The value of LOWRANK_KERNELS, checked. Read at each call, so that a benchmark can force either side."""
+    value = os.environ.get("LOWRANK_KERNELS", "auto")
+    if value not in MODES:
+        raise unknown("value of LOWRANK_KERNELS", value, MODES)
+    return value
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Whether the Triton version of a kernel is the one to run on these tensors."""
+    chosen = mode()
+    if chosen == "ref" or (chosen == "auto" and not INSTALLED):
+        return False
+    on_gpu = all(t.is_cuda for t in tensors)
+    if chosen == "auto" or on_gpu:
+        return on_gpu and INSTALLED
+    if not INSTALLED:
+        raise RuntimeError(
+            "LOWRANK_KERNELS=triton, but Triton is not installed: install it, or set LOWRANK_KERNELS=ref"
+        )
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "LOWRANK_KERNELS=triton with a tensor on the CPU needs TRITON_INTERPRET=1, set before Python starts; "
+            "or set LOWRANK_KERNELS=ref"
+        )
+    return True

@@ -1,0 +1,157 @@
+"""A linear layer over a quantized weight: y = x Qᵀ + b, Q decoded in forward and AGAIN in backward.
+
+No dense copy is kept between layers or between forward and backward: Q is decoded into one workspace that all layers
+share, so a frozen weight costs its 4 bits and the largest layer once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.quant.decode import decode_into, workspace
+from lowrank.quant.formats import parse_format
+from lowrank.quant.tensor import QuantizedTensor
+
+
+def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """The values in the shared workspace: good until the next call.  -> (O, I)"""
+    out = workspace.take("dense", q.numel, dtype, q.codes.device)
+    decode_into(out, q.format, q.codes, q.block_scales(), q.zeros, q.block_size)
+    return out.view(q.shape)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor) -> Tensor:
+        ctx.q = q
+        return F.linear(x, dense(q, x.dtype), bias)  # (..., I) -> (..., O)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dx = dy @ dense(ctx.q, dy.dtype) if ctx.needs_input_grad[0] else None  # (..., O) -> (..., I)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dbias, None
+
+
+def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Qᵀ + b in the dtype of x, differentiable in x and b.  (..., I), (O, I) -> (..., O)"""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, bias, q)
+    return F.linear(x, dense(q, x.dtype), bias)
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear over a quantized (O, I) weight. Its parts are frozen Parameters, named as in QuantizedTensor."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, q: QuantizedTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if len(q.shape) != 2:
+            raise ValueError(f"QuantizedLinear needs a weight of two dimensions (O, I), got {q.shape}")
+        self.out_features, self.in_features = q.shape
+        for name, part in q.parts().items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self._layout = (q.format, q.shape, q.dtype, q.block_size)
+        self._part_names = tuple(q.parts())
+        self._made: QuantizedTensor | None = None
+        self._made_from: list[nn.Parameter | None] = []
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as one value over this layer's own parameters; made again when they were replaced."""
+        parts = [self._parameters[name] for name in self._part_names]
+        if self._made is None or any(a is not b for a, b in zip(parts, self._made_from)):
+            fields: dict[str, Any] = {name: p.detach() for name, p in zip(self._part_names, parts) if p is not None}
+            self._made, self._made_from = QuantizedTensor(*self._layout, **fields), parts
+        return self._made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.quantized, self._parameters["bias"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Move to a device, never to another dtype: .to(torch.bfloat16) would round the scales and so every weight."""
+        for name in self._part_names:
+            part = self._parameters[name]
+            assert part is not None
+            moved = fn(part.detach().reshape(-1).view(torch.uint8))  # as bytes, which a change of dtype passes by
+            self._parameters[name] = nn.Parameter(moved.view(part.dtype).view(part.shape), requires_grad=False)
+        bias = self._parameters["bias"]
+        if bias is not None:
+            self._parameters["bias"] = nn.Parameter(fn(bias.detach()), requires_grad=bias.requires_grad)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The keys of QuantizedTensor.state_dict under `weight`, so that a saved model reads like bitsandbytes'."""
+        destination.update(self.quantized.state_dict(f"{prefix}weight"))
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is not None and bias is None:
+            missing_keys.append(f"{prefix}bias")
+        own = self.quantized
+        try:
+            q = QuantizedTensor.from_state_dict(state_dict, f"{prefix}weight")
+            if self._key(q) != self._key(own):
+                raise ValueError(f"{prefix}weight holds {self._key(q)}, this layer {self._key(own)}")
+            if self.bias is not None and bias is not None:
+                if bias.shape != self.bias.shape:
+                    raise ValueError(f"{prefix}bias must be ({self.out_features},), got {tuple(bias.shape)}")
+                self.bias.data.copy_(bias)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        for name, part in q.parts().items():
+            getattr(own, name).copy_(part)
+
+    @staticmethod
+    def _key(q: QuantizedTensor) -> tuple[str, tuple[int, ...], int, bool]:
+        return q.format, q.shape, q.block_size, q.double_quant
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None, "_made_from": []}  # a copy makes its own
+
+    def extra_repr(self) -> str:
+        format, _, dtype, block_size = self._layout
+        double = "-dq" if "nested_absmax" in self._part_names else ""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {format}{double}, block_size={block_size}, {dtype}"
+
+
+def quantize_model(
+    model: nn.Module, format: str = "nf4-dq", block_size: int = 64, exclude: Sequence[str] = ("lm_head",)
+) -> list[str]:
+    """Replace each nn.Linear by a QuantizedLinear, in place and one at a time; the names of the replaced layers.
+
+    `exclude` names layers by a whole dotted suffix: "lm_head", "self_attn.q_proj".
+    """
+    base, double_quant = parse_format(format)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not any(f".{name}".endswith(f".{suffix}") for suffix in exclude)
+    ]
+    for name, module in found:
+        q = QuantizedTensor.quantize(module.weight, base, block_size, double_quant, name=f"{name}.weight")
+        parent = model.get_submodule(name.rpartition(".")[0])
+        new = QuantizedLinear(q, module.bias)
+        new.train(module.training)
+        setattr(parent, name.rpartition(".")[2], new)
+    return [name for name, _ in found]
