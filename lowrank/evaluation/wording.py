@@ -1,0 +1,91 @@
+"""The words that deny, reject, affirm, abstain or name a source: rules 7 to 11, 14 and 15 of docs/truth.md.
+
+Every pattern is meant for a text in the one spelling of `values.normalise`, except ACCORDING_TO and CITED, which need
+capitals.
+"""
+
+import re
+
+NEGATOR = re.compile(
+    r"\b(?:not(?! (?:only|just|merely|simply|wrong|incorrect|false)\b)|never|neither|nor|no(?! (?:doubt|question)\b)"
+    r"|without|rather than|instead of|as opposed to|unlike|contrary to"
+    r"|(?:false|incorrect|wrong|untrue|mistaken|a myth|no evidence)(?: to \w+)? that)\b"
+)
+SCOPE_END = re.compile(
+    r"[:;()]|\bbut\b|\b(?:it|they|this) (?:is|are|needs?|should|has|uses?)\b|\b(?:instead|whereas|while)\b"
+)
+DENIED_AFTER = re.compile(
+    r"^(?: (?!(?:and|or|but|which|that)\b)\w+){0,2} (?:is|are|was|were|would be) (?:(?:also|just|simply|certainly) )?"
+    r"(?:not (?:the|a|an|correct|right|true|used|what|it|usual|appropriate|needed|required|normal|suitable|recommended"
+    r"|accurate|measured)|never|wrong|incorrect|false|untrue|inaccurate|mistaken)\b"
+)
+QUOTED = re.compile(
+    r"\b(?:you (?:say|said|mention|mentioned|state|stated|claim|claimed|think|thought|assume|assumed|believe|ask|asked)"
+    r"|(?:claim|statement|premise|assumption|idea|belief|suggestion)s?(?: \w+){0,2} (?:that|of)|if|whether|unless)\b"
+    r"[^,;:]*$"
+)
+
+YES = re.compile(
+    r"^\W*(?:(?:yes|yeah|correct|right|true|exactly|certainly|of course)\s*(?:[,.;:!-]|$)"
+    r"|indeed\b|you are (?:right|correct))"
+)
+THAT_IS_TRUE = re.compile(r"\b(?:that|this|it|which) (?:is|sounds) (?:indeed )?(?:correct|right|true)\b")
+YES_AT_END = re.compile(
+    r"(?:[,;-] ?(?:yes|correct|right|indeed|true|as you (?:say|said))|\bis (?:right|correct|true))\W*$"
+)
+NO = re.compile(
+    r"^\W*(?:(?:no|nope|incorrect|wrong|false|untrue|not (?:true|correct|right|quite|exactly|really|so))"
+    r"\s*(?:[,.;:!-]|$)|no (?:it|that|this|they)\b)"
+)
+PREMISE_IS_WRONG = re.compile(
+    r"\b(?:that|this|it|which|(?:premise|statement|claim|assumption|question|information|source|unit|value|number|answer"
+    r"|guideline|book|note|colleague)s?) (?:is|are|was|were|seems|sounds) (?:\w+ )?"
+    r"(?:not (?:true|correct|right|accurate|the case|so)|wrong|incorrect|false|untrue|inaccurate|mistaken|a mistake"
+    r"|an error|a myth)\b(?! (?:that|to)\b)|\byou are (?:wrong|mistaken)\b"
+)
+ACTUALLY = re.compile(r"\b(?:actually|in reality)\b")
+
+NO_SUCH = re.compile(
+    r"\b(?:no such|there is no|not aware of any|know of no|do not know of|not exist)\b"
+)  # fmt: skip
+ABSTAINS = re.compile(
+    r"\bi (?:\w+ )?(?:do|did|can|could) not (?:know|answer|say|tell|find|recogni[sz]e|recall|verify|confirm"
+    r"|have (?:any )?(?:information|knowledge|data|record))\b"
+    r"|\bi have no (?:information|knowledge|data|record|idea)\b|\bi know of no\b|\bnever heard of\b"
+    r"|\bi am (?:not (?:aware|familiar|sure|certain|able)|unable|unaware|unfamiliar|unsure|uncertain)\b"
+    r"|\b(?:not known|unknown) to me\b|\bno such\b|\bthere is no (?:record|information)\b"
+    r"|\bthere is no (?:\w+ ){0,3}(?:called|named|known as|(?:with|by|of) (?:that|this) name)\b"
+    r"|\bno (?:\w+ ){0,2}(?:by|with|of) (?:that|this) name\b"
+)
+ABSTAINS_AFTER = re.compile(
+    r"\b(?:do|does|did) not (?:seem to |appear to )?exist\b"
+    r"|\b(?:is|are) not (?:a |an )?(?:real|known|recogni[sz]ed|existing)\b"
+    r"|\b(?:is|are) not (?:a |an )?(?:\w+ ){1,3}(?:that )?i know\b|\bis (?:unknown|fictional|invented|made up)\b"
+)
+MODESTY_ENDS = re.compile(r"\b(?:but|however|though|although)\b|, (?:it|the|i think|perhaps|maybe|probably)\b")
+
+ACCORDING_TO = re.compile(r"[Aa]ccording to (?:the |an? )?([^.,;:()]+)")
+CITED = re.compile(r"[A-Z][\w-]+ et al|\([^()]*\b(?:18|19|20)\d\d\)")
+YEAR = re.compile(r"\b(?:in|of|from|since|by|guideline)\s+(?:18|19|20)\d\d\b(?![\w.-])")
+
+FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+    a about above after again all almost also although always am among an and another any are around as ask at be
+    because been before being below between both but by can certainly check commonly consult could depend depends did
+    different do doctor does done each either etc ever every exactly example expert for from further general generally
+    get give given go good had has have he help her here him his how however i if in indeed information into is it its
+    itself just kind know known laboratory lab level like made main mainly make many may me mean means measured might
+    more most mostly much must my name named need needed needs neither never no nor normal normally not note nothing now
+    of off often ok okay on once one only onto or other our out over own part per perhaps please point points possible
+    probably professional question range rather reading really refer reference related result right said same say says
+    see seem seems several shall she should sign since so some something sometimes sorry state stated such sure take
+    taken tell test tests than thank that the their them then there these they thing think this those through to too
+    true type typical typically under until up upon us use used using usual usually value values various vary varies
+    very was way we well were what when where whether which while who whose why will with within without would yes yet
+    you your answer provider adult person people patient correct wrong incorrect false called interval healthy common
+    """,
+    )
+)
+"""Words that assert nothing by themselves."""
