@@ -33,6 +33,9 @@ def register(name: str) -> Callable[[M], M]:
         known = METHODS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
             raise ValueError(f"method {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
+        if any(method.Config is other.Config for other in METHODS.values() if other is not known):
+            # a subclass that inherits its Config gets one of its own, so that a configuration names one method
+            method.Config = type(f"{method.__name__}Config", (method.Config,), {"__module__": method.__module__})
         method.method = name
         METHODS[name] = method
         return method
@@ -55,6 +58,8 @@ class Adapter(nn.Module):
     identity_at_init: ClassVar[bool] = True
     edits_base: ClassVar[bool] = False
     """True where the method changes what the base is, see `edit`."""
+    exact_gradient: ClassVar[bool] = True
+    """False where backward holds something constant on purpose (DoRA's norm)."""
     needs_y: ClassVar[bool] = True
     """False where the method computes its own y (it gets y = None, and the base runs once)."""
     peers: "tuple[Adapter, ...]" = ()
@@ -109,7 +114,7 @@ def may_fuse(adapter: Adapter) -> bool:
 
     A subclass that overrides `forward` alone has changed the equation, so its inherited `fused` must not run.
     """
-    return _written_together(type(adapter), "fused")
+    return _written_together(type(adapter), "fused")  # type: ignore[arg-type]
 
 
 @cache
@@ -263,7 +268,7 @@ class AdaptedLinear(nn.Module):
         adapters = [self.adapters[row[0][0]] if row else None for row in rows]
         methods = {type(adapter) for adapter in adapters if adapter is not None}
         method = methods.pop() if len(methods) == 1 else Adapter
-        if not issubclass(method, Adapter) or not _written_together(method, "grouped"):
+        if not issubclass(method, Adapter) or not _written_together(method, "grouped"):  # type: ignore[arg-type]
             return None
         return method.grouped(adapters, [row[0][1] if row else 0.0 for row in rows], x, y)  # type: ignore[arg-type]
 
@@ -296,7 +301,7 @@ def features(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Embedding):  # W = Eᵀ on one-hot ids
         return layer.num_embeddings, layer.embedding_dim
     if is_conv1d(layer):
-        rows, columns = layer.weight.shape  # type: ignore[union-attr]
+        rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
         return int(rows), int(columns)
     if isinstance(layer, nn.Linear | QuantizedLinear):
         return layer.in_features, layer.out_features

@@ -109,7 +109,7 @@ def merged_weight(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(W, W', bias') in fp32, by the equation above.  (O, I), (O, I), (O,)"""
     copied = isinstance(acting[0][1], TrainedCopy) and not stores_transposed(layer.base)
-    stored = layer.base.weight.detach() if copied else dense_weight(layer.base)  # a norm's weight is no linear layer's
+    stored = layer.weight.detach() if copied else dense_weight(layer.base)  # a norm's weight is no linear layer's
     base_weight = stored.float()  # type: ignore[union-attr, operator]
     bias = getattr(layer.base, "bias", None)
     base_bias = None if bias is None else bias.detach().float()

@@ -37,7 +37,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", fo
     if format != "lowrank":
         raise unknown("adapter format", format, ("lowrank", "peft"))
     attachment = attachments(model)[name]
-    write_tensors(Path(folder) / TENSORS, adapter_state(model, name), {"format": "lowrank", "version": str(VERSION)})
+    write_tensors(Path(folder) / TENSORS, adapter_state(model, name), {"format": "lowrank"})
     write_json(Path(folder) / DESCRIPTION, describe(model, name) | {"layers": list(attachment.layers)})
 
 

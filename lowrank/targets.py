@@ -350,7 +350,7 @@ def train_only(model: nn.Module, name: str | None) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for _, layer in adapted_layers(model):
-        if name in layer.adapters:
+        if name is not None and name in layer.adapters:
             for parameter in layer.adapters[name].parameters():
                 parameter.requires_grad_(True)
 
@@ -383,7 +383,7 @@ def _without(weights: Weights, name: str) -> Weights:
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of base and adapters, a quantized weight counted by its values and not by its bytes."""
-    total, inside = 0, set()
+    total, inside = 0, set[int]()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             total += module.in_features * module.out_features

@@ -1,0 +1,371 @@
+"""The theorems of the conformance suite: what every adapter method must be, and what it states of itself.
+
+Each one takes a method, gives its parameters random values (the initial ones are a no-op and would prove nothing) and
+raises AssertionError where the method is not what it should be. Sums are compared in fp64, so that a tolerance of
+1e-8 of the output's size separates a wrong equation from rounding.
+"""
+
+import tempfile
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank.active import acting, rows
+from lowrank.adapter import AdaptedLinear, Adapter, adapted_layers, may_fuse
+from lowrank.conformance import SHAPES, Host, NotOffered, close, give, host, only, randomise, settings, theorem
+from lowrank.merging import merge, unmerge
+from lowrank.quant.linear import QuantizedLinear
+from lowrank.store import adapter_state, load_adapter, save_adapter
+from lowrank.targets import detach
+
+
+@theorem("configuration is a frozen dataclass with defaults")
+def _configuration(method: type[Adapter]) -> None:
+    config = method.Config
+    assert is_dataclass(config) and config.__dataclass_params__.frozen, f"{config.__name__} is no frozen dataclass"  # type: ignore[attr-defined]
+    settings(method)
+    if "rank" in {f.name for f in fields(config)}:
+        try:
+            config(rank=0)  # type: ignore[call-arg]
+        except ValueError:
+            return
+        raise AssertionError(f"{config.__name__}(rank=0) must be a ValueError")
+
+
+@theorem("identity_at_init is honest")
+def _identity(method: type[Adapter]) -> None:
+    only(method.place in ("linear", "sublayer"), "the method adds tokens")
+    same = True
+    for kind in ("dense", "nf4"):
+        for shape in SHAPES if method.place == "linear" else SHAPES[:1]:
+            model, x = host(method, shape, kind=kind)
+            y = model(x)
+            try:
+                give(model, method, random=False)
+            except NotOffered:
+                continue
+            # a method that edits the base rounds it once more
+            same &= bool(torch.allclose(model(x), y, atol=1e-5 if method.edits_base else 0.0, rtol=0))
+    assert same == method.identity_at_init, f"it states {method.identity_at_init}, the output says {same}"
+
+
+def _merge_agrees(method: type[Adapter], shapes: tuple[tuple[int, int], ...], bias: bool, kind: str) -> None:
+    only(method.place == "linear" and method.mergeable, "not mergeable")
+    for shape in shapes:
+        model, x = host(method, shape, bias, kind)
+        give(model, method)
+        if kind == "dense":
+            model, x = model.double(), x.double()
+        y = model(x)
+        merged = merged_layer(model, x.dtype)
+        # fp32 on a quantized base: about I = 40 products of size 1e1 at 6e-8 each
+        close(merged(x), y, f"{shape[0]} -> {shape[1]}", 1e-8 if kind == "dense" else 1e-4)
+
+
+def merged_layer(model: Host, dtype: torch.dtype) -> nn.Linear:
+    """The dense layer by the method's own merge, in `dtype` throughout."""
+    layer = model.layer
+    assert isinstance(layer, AdaptedLinear)
+    if isinstance(layer.base, QuantizedLinear):
+        weight = layer.base.quantized.dequantize(torch.float32)
+    else:
+        weight = layer.base.weight.detach()  # type: ignore[assignment, operator]
+    bias = layer.base.bias
+    adapter = next(iter(layer.adapters.values()))
+    before = weight.clone()
+    try:
+        w, b = adapter.merge(weight.to(dtype), None if bias is None else bias.detach().to(dtype))  # type: ignore[operator, union-attr]
+    except NotImplementedError as error:
+        raise AssertionError("it states mergeable = True and has no merge") from error
+    assert torch.equal(weight, before), "merge changed the weight it was given, in place"
+    assert w.shape == weight.shape, f"merge gives a weight of shape {tuple(w.shape)}, wanted {tuple(weight.shape)}"
+    merged = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, dtype=dtype)
+    with torch.no_grad():
+        merged.weight.copy_(w)
+        if b is not None:
+            merged.bias.copy_(b)
+    return merged
+
+
+@theorem("merge == forward, square and not")
+def _merge_dense(method: type[Adapter]) -> None:
+    _merge_agrees(method, SHAPES, False, "dense")
+
+
+@theorem("merge == forward with a bias")
+def _merge_bias(method: type[Adapter]) -> None:
+    _merge_agrees(method, SHAPES[:1], True, "dense")
+
+
+@theorem("merge == forward on an NF4 base")
+def _merge_nf4(method: type[Adapter]) -> None:
+    _merge_agrees(method, SHAPES[:2], True, "nf4")
+
+
+@theorem("a method that is not mergeable is refused by merge")
+def _refused(method: type[Adapter]) -> None:
+    only(not method.mergeable, "mergeable")
+    model, _ = host(method)
+    give(model, method)
+    try:
+        merge(model, "a")
+    except ValueError:
+        return
+    raise AssertionError("merge accepted it")
+
+
+@theorem("merge, then unmerge, is the base bit for bit")
+def _unmerge(method: type[Adapter]) -> None:
+    only(method.place == "linear" and method.mergeable, "not mergeable")
+    for kind in ("dense", "nf4"):
+        model, x = host(method, kind=kind)
+        try:
+            give(model, method)
+        except NotOffered:
+            continue
+        y, old = model(x), _bits(model)
+        merge(model, "a")
+        unmerge(model)
+        assert torch.equal(model(x), y) and _same(old, _bits(model)), f"{kind} base: something stayed behind"
+
+
+def _bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.state_dict(keep_vars=True).items()}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@theorem("the base is never changed, and detach brings it back")
+def _detach(method: type[Adapter]) -> None:
+    for kind in ("dense", "nf4") if method.place == "linear" else ("dense",):
+        model, x = host(method, kind=kind)
+        base, old, y = model.layer, _bits(model), model(x)
+        try:
+            give(model, method)
+        except NotOffered:
+            continue
+        model.train()
+        model(x).float().square().sum().backward()
+        _step(model)
+        model.eval()
+        if method.mergeable and method.place == "linear":
+            merge(model, "a", force=True)
+            unmerge(model)
+        detach(model, "a")
+        assert model.layer is base, "detach leaves another layer behind"
+        assert _same(old, _bits(model)), f"{kind} base: its parameters changed"
+        assert torch.equal(model(x), y), f"{kind} base: its output changed"
+
+
+def _step(model: nn.Module) -> None:
+    for _, layer in adapted_layers(model):
+        for adapter in layer.adapters.values():
+            adapter.after_step(0, 10)  # type: ignore[operator]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(0.01 * p.grad)
+                p.grad = None
+
+
+@theorem("save and load bring back each tensor's bytes and the output")
+def _store(method: type[Adapter]) -> None:
+    model, x = host(method)
+    give(model, method, seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder, "a")
+        other, _ = host(method)
+        other.load_state_dict({f"layer.{k}": v for k, v in model.layer.base.state_dict().items()})  # type: ignore[union-attr]
+        torch.manual_seed(99)  # nothing may depend on the random state
+        load_adapter(other, folder, "a")
+    other.eval()
+    assert _same(adapter_state(model, "a"), adapter_state(other, "a")), "the tensors differ"
+    assert torch.equal(model(x), other(x)), "the tensors agree and the output does not: some state is not saved"
+
+
+@theorem("parameters are fp32 and the output has the base's dtype")
+def _dtype(method: type[Adapter]) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model, x = host(method)
+        model.to(dtype)
+        x = x.to(dtype) if x.is_floating_point() else x
+        before = model(x).dtype
+        adapter = give(model, method)
+        for name, p in adapter.named_parameters():
+            assert p.dtype == torch.float32, f"{name} is {p.dtype} on a {dtype} base"
+        y = model(x)
+        assert y.dtype == before, f"the output is {y.dtype} on a {dtype} base"
+        assert y.isfinite().all(), f"not finite in {dtype}"
+
+
+@theorem("every trainable parameter gets a gradient")
+def _gradient(method: type[Adapter]) -> None:
+    model, x = host(method)
+    adapter = give(model, method)
+    assert any(p.requires_grad for p in adapter.parameters()), "it has no trainable parameter"
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        if ".adapters." in name and p.requires_grad:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f"{name} gets no gradient"
+        else:
+            assert p.grad is None, f"{name} is frozen and got a gradient"
+
+
+@theorem("the gradient is the slope of the output")
+def _slope(method: type[Adapter]) -> None:
+    model, x = host(method)
+    model.double()
+    give(model, method)
+    model.double()
+    leaves: list[Tensor] = (
+        [x.double().requires_grad_()] if x.is_floating_point() and method.place != "attention prefix" else []
+    )
+    x = leaves[0] if leaves else x
+    if method.exact_gradient:
+        leaves += [p for p in model.parameters() if p.requires_grad]
+    only(bool(leaves), "nothing to differentiate")
+    generator = torch.Generator().manual_seed(5)
+    direction = torch.randn(model(x).shape, generator=generator, dtype=torch.float64)
+    gradients = torch.autograd.grad((model(x) * direction).sum(), leaves, allow_unused=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        step = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            ends = []
+            for h in (1e-5, -2e-5):
+                leaf += h * step
+                ends.append(float((model(x) * direction).sum()))
+            leaf += 1e-5 * step
+        slope = (ends[0] - ends[1]) / 2e-5
+        got = 0.0 if gradient is None else float((gradient * step).sum())
+        # central differences: curvature leaves about 1e-10, rounding 1e-16 / 1e-5 of the output
+        assert abs(got - slope) <= 1e-5 * max(abs(slope), 1.0), f"gradient {got:.6g}, slope {slope:.6g}"
+
+
+@theorem("activation checkpointing gives the same gradients")
+def _checkpointing(method: type[Adapter]) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model, x = host(method)
+        give(model, method)
+        y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        y.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert _same(*gradients), "they differ"
+
+
+@theorem("the same seed gives the same adapter")
+def _seed(method: type[Adapter]) -> None:
+    states = []
+    for _ in range(2):
+        model, _ = host(method)
+        states.append(_bits(give(model, method, seed=3, random=False)))
+    assert _same(*states), "two adapters of one seed differ"
+
+
+@theorem("the output depends on nothing but the input")
+def _pure(method: type[Adapter]) -> None:
+    model, x = host(method)
+    give(model, method)
+    y = model(x)
+    assert torch.equal(model(x), y), "a second forward in eval mode differs"
+    close(torch.cat([model(x[:1]), model(x[1:])]), y, "rows one by one", 1e-5)
+    if method.place == "linear":
+        close(model(x.flatten(0, 1)), y.flatten(0, 1), "(N, I) instead of (B, T, I)", 1e-5)
+        close(model(x.mT.contiguous().mT), y, "non-contiguous input", 1e-5)
+
+
+@theorem("two adapters share no trainable tensor and no state")
+def _shared(method: type[Adapter]) -> None:
+    model, x = host(method)
+    first = give(model, method, "a", seed=1)
+    y = model(x)
+    second = give(model, method, "b", seed=2)
+    mine = {p.untyped_storage().data_ptr() for p in first.parameters()}
+    assert not any(p.untyped_storage().data_ptr() in mine for p in second.parameters()), "they share a tensor"
+    randomise(second, 9)
+    second(x, model.layer.base(x), model.layer.base) if method.place == "linear" and method.needs_y else model(x)  # type: ignore[operator, union-attr]
+    with acting(model, "a"):
+        assert torch.equal(model(x), y), "the first adapter's output changed with the second one's parameters"
+
+
+@theorem("all tensors are parameters or buffers")
+def _registered_state(method: type[Adapter]) -> None:
+    model, x = host(method)
+    adapter = give(model, method)
+    model(x)
+    loose = [name for module in adapter.modules() for name, value in vars(module).items() if isinstance(value, Tensor)]
+    assert not loose, f"{', '.join(loose)} would stay behind on .to(device)"
+
+
+@theorem("several adapters act as y + sum of w (f - y), and merge so")
+def _several(method: type[Adapter]) -> None:
+    only(method.place in ("linear", "sublayer"), "the method adds tokens")
+    model, x = host(method)
+    give(model, method, "a", seed=1)
+    give(model, method, "b", seed=2)
+    model, x = model.double(), x.double()
+    f = {}
+    for name in ("a", "b", None):
+        with acting(model, name):
+            f[name] = model(x)
+    with acting(model, {"a": 0.7, "b": -0.3}):
+        y = model(x)
+    close(y, f[None] + 0.7 * (f["a"] - f[None]) - 0.3 * (f["b"] - f[None]), "0.7 a - 0.3 b")
+
+
+@theorem("rows of a batch run as if alone")
+def _rows(method: type[Adapter]) -> None:
+    model, x = host(method)
+    give(model, method, "a", seed=1)
+    give(model, method, "b", seed=2)
+    choices: list[Any] = ["a", "b"]
+    if method.place in ("linear", "sublayer"):
+        choices, x = [*choices, None, {"a": 0.5, "b": 2.0}, "a"], torch.cat([x, x, x[:1]])
+    with rows(model, choices):
+        y = model(x)
+    for i, choice in enumerate(choices):
+        with acting(model, choice):
+            close(y[i : i + 1], model(x[i : i + 1]), f"row {i} ({choice})", 1e-5)
+
+
+@theorem("fused == forward")
+def _fused(method: type[Adapter]) -> None:
+    ran = False
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        model, x = host(method)
+        model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
+        adapter = give(model, method)
+        only(may_fuse(adapter), "no fused path, or forward is another class's")
+        base = model.layer.base  # type: ignore[union-attr]
+        fused = adapter.fused(x, base)  # type: ignore[arg-type]
+        if fused is not None:
+            ran = True
+            close(fused.float(), adapter(x, base(x), base).float(), str(dtype), tolerance)  # type: ignore[operator]
+    only(ran, "fused applies to none of the cases here")
+
+
+@theorem("the hooks keep their promises")
+def _hooks(method: type[Adapter]) -> None:
+    model, x = host(method)
+    adapter = give(model, method)
+    model.train()
+    groups = adapter.param_groups(0.5)
+    listed = [id(p) for group in groups for p in group["params"]]
+    trainable = [id(p) for p in adapter.parameters() if p.requires_grad]
+    assert sorted(listed) == sorted(trainable), "param_groups must hold each trainable parameter once"
+    assert all(group.get("lr", 0) > 0 for group in groups), "each group of param_groups needs a rate"
+    penalty = adapter.penalty()
+    if penalty is not None:
+        assert penalty.dim() == 0 and penalty.isfinite(), "penalty must be a finite scalar"
+        penalty.backward()
+    shapes = {name: p.shape for name, p in adapter.named_parameters()}
+    for step in range(4):
+        model(x).square().sum().backward()
+        adapter.after_step(step, 4)
+        assert {name: p.shape for name, p in adapter.named_parameters()} == shapes, "after_step changed a shape"
+        assert all(p.isfinite().all() for p in adapter.parameters()), "after_step left a value that is not finite"
