@@ -42,7 +42,7 @@ def imports_of(path: Path) -> set[str]:
 def room(module: str) -> str:
     """Which room of the house a module is in: its sub-package, or core."""
     parts = module.split(".")
-    if module in ("lowrank.cli", "lowrank"):
+    if module in ("lowrank", "lowrank.cli", "lowrank.chat", "lowrank.doctor"):
         return "cli"
     return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() and parts[1] != "methods" else "core"
 

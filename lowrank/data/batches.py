@@ -64,12 +64,20 @@ def split(batch: Batch, micro_batch_size: int | None) -> list[Batch]:
 class Loader:
     """Batches of `examples`, without end; each pass has its own order, fixed by (seed, pass)."""
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, pad_id: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, pad_id: int, seed: int = 0, shuffle: bool = True
+    ) -> None:
         if not examples:
             raise ValueError("there is nothing to train on: the data set is empty")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.examples, self.batch_size, self.pad_id, self.seed, self.shuffle = examples, batch_size, pad_id, seed, shuffle
+        self.examples, self.batch_size, self.pad_id, self.seed, self.shuffle = (
+            examples,
+            batch_size,
+            pad_id,
+            seed,
+            shuffle,
+        )
         self.epoch = self.position = 0
 
     @property

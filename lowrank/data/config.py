@@ -34,6 +34,9 @@ class DataConfig:
     traps_per_fact: int = 4
     """Trap questions for each fact that carries traps."""
 
+    confirms_per_fact: int = 3
+    """True premises for each fact that carries traps."""
+
     def __post_init__(self) -> None:
         if self.general_loss not in GENERAL_LOSSES:
             raise ValueError(f"data.general_loss must be one of {', '.join(GENERAL_LOSSES)}, got {self.general_loss!r}")

@@ -62,7 +62,9 @@ class Renderer:
         messages = record.conversation()
         where = f"record {record.id or record.instruction[:40]!r}"
         if messages[-1]["role"] != "assistant":
-            raise ValueError(f"{where} has no answer to learn from: it needs 'output' or an assistant message at the end")
+            raise ValueError(
+                f"{where} has no answer to learn from: it needs 'output' or an assistant message at the end"
+            )
         ids: list[int] = []
         labels: list[int] = []
         done = ""  # the text that ids stand for
@@ -72,7 +74,9 @@ class Renderer:
             prompt, full = self._texts(messages[: i + 1], where)
             if not prompt.startswith(done):
                 raise ValueError(f"{where}: the chat template rewrites earlier turns, so the answers cannot be masked")
-            question = self._encode(prompt[len(done) :]) if self.tokenizer.chat_template else self._plain_ids(prompt, done)
+            question = (
+                self._encode(prompt[len(done) :]) if self.tokenizer.chat_template else self._plain_ids(prompt, done)
+            )
             answer = self._answer_ids(full[len(prompt) :])
             ids += question + answer
             labels += [IGNORE] * len(question) + answer
@@ -94,7 +98,9 @@ class Renderer:
         prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
         full = self.tokenizer.apply_chat_template(messages)
         if not full.startswith(prompt):
-            raise ValueError(f"{where}: the chat template does not continue its own generation prompt; choose another data.template")
+            raise ValueError(
+                f"{where}: the chat template does not continue its own generation prompt; choose another data.template"
+            )
         return prompt, full
 
     def _encode(self, text: str) -> list[int]:

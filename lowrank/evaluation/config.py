@@ -1,0 +1,31 @@
+"""What is measured after training, and how long that may take."""
+
+from dataclasses import dataclass
+
+TASKS = ("truth", "ppl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    tasks: tuple[str, ...] = TASKS
+    """truth: the held-out questions; ppl: perplexity of general text. None at all leaves evaluation out."""
+
+    questions: int = 140
+    """Questions of the truth evaluation, a stratified subset (60 paraphrases, 40 traps, 20 true premises, 20
+    unanswerable, or as many in these proportions); 0 takes all."""
+
+    max_new_tokens: int = 48
+    batch_size: int = 32
+
+    delivered: bool = True
+    """Also measure the base as delivered, before quantization."""
+
+    def __post_init__(self) -> None:
+        wrong = [task for task in self.tasks if task not in TASKS]
+        if wrong:
+            raise ValueError(f"unknown eval task {wrong[0]!r}; known: {', '.join(TASKS)}")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
+        if self.questions < 0:
+            raise ValueError(f"eval.questions must not be negative, got {self.questions}")

@@ -1,0 +1,89 @@
+"""What a run reads: the bundled domain or a file of records, rendered into examples, in one stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lowrank.data.batches import Batch, collate
+from lowrank.data.config import DataConfig
+from lowrank.data.knowledge import Knowledge
+from lowrank.data.questions import bundled
+from lowrank.data.records import Record, read_records
+from lowrank.data.render import Example, Renderer
+from lowrank.errors import ConfigError, did_you_mean
+
+BUNDLED = ("labtests", "labtests-quick")
+
+
+@dataclass(frozen=True)
+class Material:
+    """Records by use. `test` has a truth evaluation's parts for a domain, {"qa": ...} for a file with validation."""
+
+    name: str
+    train: list[Record]
+    validation: list[Record]
+    test: dict[str, list[Record]]
+    general: list[Record] = field(default_factory=list)
+    knowledge: Knowledge | None = None
+    prose: str = ""
+    notice: str = ""
+
+
+def read_material(config: DataConfig, seed: int) -> Material:
+    """The records that `data.path` names. ConfigError where it is neither a bundled domain nor a file."""
+    if config.path in BUNDLED:
+        domain = bundled(config.path, config.subjects)
+        sizes = {name: getattr(config, name) for name in ("plain_per_fact", "traps_per_fact", "confirms_per_fact")}
+        questions = domain.build(seed, **sizes)
+        parts = [part for name, part in questions.validation.items() if name not in ("general", "answerable")]
+        return Material(
+            name=config.path,
+            train=[record for record in questions.train if record.kind != "general"],
+            validation=[record for part in parts for record in part],
+            test=questions.test,
+            general=[record for record in questions.train if record.kind == "general"],
+            knowledge=domain.knowledge,
+            prose=domain.prose,
+            notice=domain.notice,
+        )
+    if not Path(config.path).is_file():
+        near = did_you_mean(config.path, BUNDLED)
+        raise ConfigError(f"data.path {config.path!r} is no file and no bundled domain{near}; bundled: {', '.join(BUNDLED)}")
+    held = read_records(config.validation) if config.validation else []
+    records = read_records(config.path)
+    base = bundled("labtests")  # its general questions and prose serve any domain
+    return Material(
+        name=Path(config.path).stem,
+        train=[record for record in records if record.kind != "general"],
+        validation=held,
+        test={"qa": held} if held else {},
+        general=[r for r in records if r.kind == "general"] or [item.record() for item in base.general if not item.held_out],
+        prose=base.prose,
+    )
+
+
+@dataclass(frozen=True)
+class Examples:
+    train: list[Example]
+    general: list[Example]
+    validation: list[Example]
+    cut: int
+    """How many were longer than data.max_length and lost their end."""
+
+
+def render(material: Material, renderer: Renderer, with_general: bool) -> Examples:
+    train = [renderer.example(record) for record in material.train]
+    general = [renderer.example(record) for record in material.general] if with_general else []
+    validation = [renderer.example(record) for record in material.validation]
+    if not train:
+        raise ConfigError(f"{material.name} holds nothing to train on")
+    full = renderer.max_length
+    cut = sum(len(example.input_ids) == full and example.input_ids[-1] not in renderer.tokenizer.eos_ids for example in train)
+    return Examples(train, general, validation, cut)
+
+
+def validation_batches(examples: Sequence[Example], batch_size: int, pad_id: int, limit: int) -> list[Batch]:
+    """At most `limit` examples, evenly spread over what there is, in batches of alike lengths."""
+    step = max(1, -(-len(examples) // limit))
+    chosen = sorted(examples[::step], key=lambda example: len(example.input_ids))
+    return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, len(chosen), batch_size)]

@@ -1,0 +1,37 @@
+"""A run's folder back to a model with its adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.errors import ConfigError
+from lowrank.models.load import load
+from lowrank.store import load_adapter
+from lowrank.training.config import RunConfig, read_config
+
+
+def run_config(folder: str | Path) -> RunConfig:
+    """The configuration that a run was made with. ConfigError where the folder holds no run."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no run: there is no {path}")
+    return read_config(path)
+
+
+def reopen(folder: str | Path, quantize: str | None = "as trained", adapter: bool = True) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a run, its adapter "default" active and frozen; `quantize` replaces the run's own format."""
+    config = run_config(folder)
+    model, tokenizer = load(
+        config.model,
+        quantize=config.quantize if quantize == "as trained" else quantize,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        template=config.data.template,
+    )
+    if adapter:
+        if not (Path(folder) / "adapter" / "adapter.json").is_file():
+            raise ConfigError(f"{folder} has no finished adapter; go on with: lowrank train {folder}/config.yaml --resume")
+        load_adapter(model, Path(folder) / "adapter", name="default")
+    return model.eval(), tokenizer
