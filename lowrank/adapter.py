@@ -60,7 +60,7 @@ class Adapter(nn.Module):
     """True where the method changes what the base is, see `edit`."""
     exact_gradient: ClassVar[bool] = True
     """False where backward holds something constant on purpose (DoRA's norm)."""
-    needs_y: ClassVar[bool] = True
+    needs_y: bool = True
     """False where the method computes its own y (it gets y = None, and the base runs once)."""
     peers: "tuple[Adapter, ...]" = ()
     """All adapters of the same attach, this one included; the first does what concerns all (a shared budget)."""
@@ -124,32 +124,6 @@ def _written_together(method: type[Adapter], shortcut: str) -> bool:
     return fused_by is not Adapter and issubclass(fused_by, forward_by)
 
 
-class TrainedCopy(Adapter):
-    """A trainable copy of a whole layer (a norm, a head, an embedding) in the layer's place (`train_also`)."""
-
-    place = "own"
-    needs_y = False
-
-    def __init__(self, config: None, base: nn.Module) -> None:
-        super().__init__(config, base)
-        if isinstance(base, QuantizedLinear) or not isinstance(getattr(base, "weight", None), Tensor):
-            raise ValueError(f"train_also needs a layer with its own dense weight, got {type(base).__name__}")
-        self.weight = nn.Parameter(base.weight.detach().float().clone())  # type: ignore[union-attr, operator]
-        bias = getattr(base, "bias", None)
-        self.bias = nn.Parameter(bias.detach().float().clone()) if isinstance(bias, Tensor) else None
-        self.transposed = stores_transposed(base)
-
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        state = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-        # the layer's own dtype: embeddings and norms keep the type that the layers behind them expect
-        cast = {name: value.to(base.weight.dtype) for name, value in state.items()}  # type: ignore[union-attr, arg-type]
-        return torch.func.functional_call(base, cast, (x,))
-
-    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        own = self.weight.T if self.transposed else self.weight
-        return own.to(weight.dtype), None if self.bias is None else self.bias.to(weight.dtype)
-
-
 @dataclass(frozen=True)
 class Acting:
     """Which adapters act: everywhere, on single layers, or for each row of the batch."""
@@ -210,6 +184,12 @@ class AdaptedLinear(nn.Module):
         if self.selection.now.rows is not None:
             return self._by_row(x, context, self.selection.now.rows)
         return self._adapted(x, context, self.active)
+
+    def needs_rows(self) -> bool:
+        """Whether what acts here looks at the batch row by row, so that a model must not take its rows apart."""
+        if self.selection.now.rows is not None:
+            return True
+        return any(adapter.place in ("attention prefix", "embeddings") for _, adapter, _ in self.acting(self.active))
 
     def acting(self, weights: Weights) -> list[tuple[str, Adapter, float]]:
         """The adapters of this layer among `weights`: (name, adapter, weight)."""
@@ -338,6 +318,20 @@ def dense_weight(layer: nn.Module) -> Tensor:
     features(layer)  # raises for what is no linear layer
     weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
     return weight.T.clone(memory_format=torch.contiguous_format) if stores_transposed(layer) else weight.clone()
+
+
+_KEEP = object()
+
+
+def with_weight(base: nn.Module, weight: Tensor, bias: Any = _KEEP) -> nn.Module:
+    """A frozen layer of base's class with another weight (O, I), and bias if given. All else is shared."""
+    new = base.__class__.__new__(base.__class__)
+    new.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in base.__dict__.items()}
+    stored = weight.T.contiguous() if stores_transposed(base) else weight
+    new._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+    if bias is not _KEEP and "bias" in new._parameters:
+        new._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return new
 
 
 def adapted_layers(model: nn.Module, name: str | None = None, path: str = "") -> Iterator[tuple[str, AdaptedLinear]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapter import METHODS, Adapter, Slot, register
+from lowrank.adapter import METHODS, Adapter, Slot, dense_weight, register
 from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.tensor import QuantizedTensor
 from lowrank.targets import Attachment, build, put
@@ -33,6 +33,18 @@ class Verdict:
     holds: bool | None
     """None where the theorem does not apply."""
     detail: str = ""
+
+
+class Conv1D(nn.Module):
+    """GPT-2's layer: a linear one whose weight is stored as (I, O)."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(dense_weight(like).T.contiguous())
+        self.bias = nn.Parameter(like.get_parameter("bias").detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
 
 
 class Host(nn.Module):
@@ -63,11 +75,16 @@ def host(
         with torch.no_grad():
             for p in layer.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
+        if kind == "conv1d":
+            layer = Conv1D(layer)
+        elif kind == "embedding":
+            layer = nn.Embedding(*shape, _weight=torch.randn(shape, generator=generator))
+            return Host(layer), torch.randint(shape[0], (2, 3), generator=generator)
         if kind == "nf4":
             layer = QuantizedLinear(QuantizedTensor.quantize(layer.weight.detach(), "nf4"), layer.bias)  # type: ignore[arg-type, operator]
         return Host(layer), torch.randn(2, 3, shape[0], generator=generator)
     if method.place == "embeddings":
-        layer = nn.Embedding(VOCABULARY, DIM)
+        layer = nn.Embedding(VOCABULARY, DIM, _weight=torch.randn(VOCABULARY, DIM, generator=generator))
         return Host(layer), torch.randint(VOCABULARY, (2, 3), generator=generator)
     layer = Slot("sublayer", DIM) if method.place == "sublayer" else Slot(method.place, HEADS, HEAD_DIM)
     return Host(layer), torch.randn(2, 3, DIM, generator=generator)

@@ -18,15 +18,16 @@ from lowrank.active import Choice, as_weights
 from lowrank.adapter import (
     AdaptedLinear,
     Adapter,
-    TrainedCopy,
     adapted_layers,
     carried,
     dense_weight,
     require_adapter,
     require_unmerged,
     stores_transposed,
+    with_weight,
 )
 from lowrank.errors import unknown
+from lowrank.methods.trained_copy import TrainedCopy
 from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.tensor import QuantizedTensor
 
@@ -138,7 +139,7 @@ def _merged_layer(layer: AdaptedLinear, acting: list[tuple[str, Adapter, float]]
     else:
         dtype = base.weight.dtype
         stored = weight.to(dtype)  # type: ignore[arg-type]
-        new = _like(base, stored, None if bias is None else bias.to(dtype))  # type: ignore[arg-type]
+        new = with_weight(base, stored, None if bias is None else bias.to(dtype))  # type: ignore[arg-type]
         stored = stored.float()
     update = (weight - before).norm()
     lost = (stored - weight).norm()
@@ -151,15 +152,3 @@ def _dense_linear(weight: Tensor, bias: Tensor | None) -> tuple[nn.Linear, Tenso
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     return linear, weight.float()
-
-
-def _like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of base's class with another weight and bias. A shallow copy shares all else."""
-    new = base.__class__.__new__(base.__class__)
-    new.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in base.__dict__.items()}
-    stored = weight.T.contiguous() if stores_transposed(base) else weight
-    new._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
-    new._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    if isinstance(base, nn.Embedding):
-        del new._parameters["bias"]
-    return new

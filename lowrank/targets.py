@@ -20,7 +20,6 @@ from lowrank.adapter import (
     AdaptedLinear,
     Adapter,
     Slot,
-    TrainedCopy,
     Weights,
     adapted_layers,
     carried,
@@ -31,6 +30,7 @@ from lowrank.adapter import (
     require_unmerged,
 )
 from lowrank.errors import did_you_mean
+from lowrank.methods.trained_copy import TrainedCopy
 from lowrank.quant.linear import QuantizedLinear
 
 HEADS = {"lm_head", "output_layer", "classifier", "score", "decoder", "qa_outputs"}

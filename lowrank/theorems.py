@@ -105,6 +105,20 @@ def _merge_nf4(method: type[Adapter]) -> None:
     _merge_agrees(method, SHAPES[:2], True, "nf4")
 
 
+@theorem("an embedding and a Conv1D are linear layers too")
+def _merge_transposed(method: type[Adapter]) -> None:
+    only(method.place == "linear" and method.mergeable, "not mergeable")
+    for kind in ("conv1d", "embedding"):
+        model, x = host(method, (24, 40), kind=kind)
+        try:
+            give(model, method)
+        except NotOffered:
+            continue
+        y = model(x)
+        merge(model, "a")
+        close(model(x), y, kind, 1e-5)  # fp32: about I = 24 products of size 1e1 at 6e-8 each
+
+
 @theorem("a method that is not mergeable is refused by merge")
 def _refused(method: type[Adapter]) -> None:
     only(not method.mergeable, "mergeable")
@@ -222,10 +236,10 @@ def _slope(method: type[Adapter]) -> None:
     model.double()
     give(model, method)
     model.double()
-    leaves: list[Tensor] = (
-        [x.double().requires_grad_()] if x.is_floating_point() and method.place != "attention prefix" else []
-    )
-    x = leaves[0] if leaves else x
+    leaves: list[Tensor] = []
+    if x.is_floating_point():
+        x = x.double()
+        leaves = [x.requires_grad_()] if method.place in ("linear", "sublayer") else []
     if method.exact_gradient:
         leaves += [p for p in model.parameters() if p.requires_grad]
     only(bool(leaves), "nothing to differentiate")

@@ -1,0 +1,83 @@
+"""PiSSA: Principal Singular Values and Singular Vectors Adaptation (Meng et al., 2024), arXiv:2404.02948.
+
+    W = U S Vᵀ,  A₀ = √(S_r / s) V_rᵀ,  B₀ = U_r √(S_r / s)        s = α / r;  r: the r largest singular values
+    y = (W - s B₀ A₀) x + b + s B A x                               A, B start at A₀, B₀
+
+The residual W - s B₀ A₀ stands in for a dense base while the adapter acts. On a quantized base, where storing it would
+round again, it is computed as W x - s B₀ (A₀ x).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.adapter import dense_weight, register, with_weight
+from lowrank.methods.lora import LoRA, LoRAConfig
+from lowrank.quant.linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class PiSSAConfig(LoRAConfig):
+    iterations: int = 0
+    """Power iterations of a randomised SVD; 0 computes the exact one."""
+
+
+@register("pissa")
+class PiSSA(LoRA):
+    Config = PiSSAConfig
+    initial_A: Tensor
+    initial_B: Tensor
+    edits_base = True
+
+    def __init__(self, config: PiSSAConfig, base: nn.Module) -> None:
+        super().__init__(config, base)
+        if isinstance(base, nn.Embedding):
+            raise ValueError("PiSSA on an embedding is not offered: the residual of a lookup table is the whole table")
+        A, B = principal(dense_weight(base).float() / self.scaling, config.rank, config.iterations)
+        with torch.no_grad():
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        self.register_buffer("initial_A", A)  # saved with the adapter: another SVD may give other signs
+        self.register_buffer("initial_B", B)
+
+    def edit(self, base: nn.Module) -> nn.Module:
+        if isinstance(base, QuantizedLinear):
+            return Less(base, self.scaling * self.initial_B, self.initial_A)
+        weight = dense_weight(base)
+        return with_weight(base, (weight - self.scaling * self.initial_B @ self.initial_A).to(weight.dtype))
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return super().merge(weight - self.scaling * self.initial_B @ self.initial_A, bias)
+
+
+class Less(nn.Module):
+    """base(x) - B A x"""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: nn.Module, B: Tensor, A: Tensor) -> None:
+        super().__init__()
+        self.base, self.bias = base, base.bias
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y - F.linear(F.linear(x.to(self.A.dtype), self.A), self.B).to(y.dtype)  # type: ignore[no-any-return]
+
+
+def principal(weight: Tensor, rank: int, iterations: int = 0) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) whose product is the best approximation of `weight` by rank R, the two of equal size."""
+    if iterations:
+        U, S, V = torch.svd_lowrank(weight, q=min(rank, *weight.shape), niter=iterations)
+        Vt = V.T
+    else:
+        U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
+    R = min(rank, len(S))
+    root = S[:R].clamp(min=0).sqrt()
+    A, B = torch.zeros(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
+    A[:R], B[:, :R] = root[:, None] * Vt[:R], U[:, :R] * root
+    return A, B
