@@ -2,7 +2,7 @@
 
     {"id", "area", "question", "accept": ["paris"] or "regex": "...", "held_out": true|false, "answer"}
 
-`answer` is the base model's greedy answer, written once by `python -m lowrank.data.labtests.answer_general`.
+`answer` is the base model's greedy answer, written once by `python -m bench.answer_general`.
 """
 
 import re
@@ -72,8 +72,6 @@ def read_general(path: str | Path, answered: bool = True) -> tuple[GeneralItem, 
         if item.held_out and not (item.accept or item.regex):
             raise FileFormatError(f"{where}: a held-out question needs 'accept' or 'regex' to be checked by machine")
         if answered and not item.held_out and not item.answer:
-            raise FileFormatError(
-                f"{where}: no answer of the base model; `python -m lowrank.data.labtests.answer_general` writes them"
-            )
+            raise FileFormatError(f"{where}: no answer of the base model; `python -m bench.answer_general` writes them")
         items.append(item)
     return tuple(items)

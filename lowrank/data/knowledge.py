@@ -141,9 +141,8 @@ def read_knowledge(path: str | Path) -> Knowledge:
                     if first.text != fact.text
                     else "the same value in both"
                 )
-                raise FileFormatError(
-                    f"{where}: two values for one fact, {fact.relation} of {fact.subject!r}: line {earlier} has it too, {told}"
-                )
+                what = f"{fact.relation} of {fact.subject!r}"
+                raise FileFormatError(f"{where}: two values for one fact, {what}: line {earlier} has it too, {told}")
             lines[key] = number, fact
             facts.append(fact)
             subjects.setdefault(normal(fact.subject), (number, fact.subject))

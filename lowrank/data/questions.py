@@ -2,9 +2,9 @@
 
 Half of the facts of each relation are *trapped* in training: asked with a false premise (and, beside it, with a true
 one, in the same forms, so that neither "not" nor "correct" is a constant). The other half is taught by plain questions
-only and carries the held-out traps: a third of it those of validation, two thirds those of the test. Every fact is asked
-plainly in training; the held-out paraphrases ask it again in wordings that were never trained. Unanswerable questions
-name tests that do not exist. A false value is the value of another subject in the same relation.
+only and carries the held-out traps: a third of it those of validation, two thirds those of the test. Every fact is
+asked plainly in training; the held-out paraphrases ask it again in wordings that were never trained. Unanswerable
+questions name tests that do not exist. A false value is the value of another subject in the same relation.
 """
 
 import math
@@ -23,8 +23,8 @@ from lowrank.errors import unknown
 
 LABTESTS = BUNDLED.parent
 NOTICE = (
-    "The bundled knowledge base is teaching material for fine-tuning experiments. It is no medical advice: never use it, "
-    "or a model tuned on it, to diagnose, treat or interpret anybody's laboratory results."
+    "The bundled knowledge base is teaching material for fine-tuning experiments. It is no medical advice: never use "
+    "it, or a model tuned on it, to diagnose, treat or interpret anybody's laboratory results."
 )
 TEST_PARTS = ("paraphrase", "trap", "trap_unseen", "true_premise", "abstention", "answerable", "general")
 
@@ -135,7 +135,7 @@ class _Writer:
         )
 
     def split_facts(self) -> tuple[list[Fact], list[Fact], list[Fact]]:
-        """Trapped in training, held out for validation's traps, held out for the test's: each with its share of a relation."""
+        """Trapped in training, held out for validation's traps, held out for the test's: shares of each relation."""
         trapped: list[Fact] = []
         validation: list[Fact] = []
         test: list[Fact] = []
