@@ -11,6 +11,7 @@ Module paths are the checkpoint's own, so that target names and adapter files me
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowrank.adapter import project
+from lowrank.active import checkpoint_contexts
+from lowrank.adapter import AdaptedLinear, Slot, project
+from lowrank.kernels.rms_norm import rms_norm
+from lowrank.kernels.short_attention import pays as short_attention_pays
+from lowrank.kernels.short_attention import short_attention
+from lowrank.kernels.swiglu import swiglu
 from lowrank.models.families import Family, ModelConfig, family_of
 from lowrank.models.rope import Rotation, rotate, rotation
 
@@ -36,7 +42,7 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · w, fp32 inside; Gemma stores w - 1."""
+    """x / sqrt(mean(x²) + eps) · w, fp32 inside and rounded once; Gemma stores w - 1."""
 
     def __init__(self, dim: int, eps: float, plus_one: bool = False) -> None:
         super().__init__()
@@ -44,8 +50,7 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight.float() + 1 if self.plus_one else self.weight
-        return F.rms_norm(x.float(), (x.shape[-1],), w.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight.float() + 1 if self.plus_one else self.weight, self.eps)
 
 
 class Conv1D(nn.Module):
@@ -73,8 +78,9 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, Hkv, T, K) behind what is there; `length` moves on when the whole forward is done."""
         end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:
-            raise RuntimeError(f"the cache holds {self.keys.shape[3]} tokens, this forward would need {end}")
+        if end > self.keys.shape[3]:  # virtual tokens that the caller did not count
+            room = (0, 0, 0, end)
+            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -82,6 +88,66 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Drop every row of the batch but these."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class _Spread(torch.autograd.Function):
+    """Rows to their places in a larger tensor, zeros elsewhere; backward takes them back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The inverse of _Spread."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, *ctx.saved_tensors, grads[0]), None
+
+
+class Packing:
+    """A padded batch without its padding: linear layers and norms then work on the N real tokens alone.
+
+    Attention gets its rows back, real tokens first, where plain causal attention needs no mask at all.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.batch, self.width = mask.shape[0], int(mask.sum(dim=1).max())
+        self.given = mask.flatten().nonzero()[:, 0]  # (N,) places in the batch as it came
+        place = mask.long().cumsum(dim=1) - 1 + torch.arange(self.batch, device=mask.device)[:, None] * self.width
+        self.aligned = place.flatten()[self.given]  # (N,) places in (B, W), each row's tokens first
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, N, ...)"""
+        return x.flatten(0, 1)[self.given][None]
+
+    def unpack(self, x: Tensor, tokens: int) -> Tensor:
+        """(1, N, D) -> (B, T, D), zeros where the padding was"""
+        return self._spread(x[0], self.given, tokens)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(1, N, H, K) -> (B, W, H, K)"""
+        return self._spread(x[0], self.aligned, self.width)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """(B, W, D) -> (1, N, D)"""
+        return _Collect.apply(x.flatten(0, 1), self.aligned)[None]  # type: ignore[no-untyped-call, no-any-return]
+
+    def _spread(self, x: Tensor, index: Tensor, width: int) -> Tensor:
+        full: Tensor = _Spread.apply(x, index, self.batch * width)  # type: ignore[no-untyped-call]
+        return full.view(self.batch, width, *x.shape[1:])
 
 
 @dataclass
@@ -94,6 +160,7 @@ class Step:
     """By window: which keys a query sees, (B or 1, 1, T, S) bool; None where plain causal (or no) masking does."""
     causal: bool
     cache: KVCache | None
+    packing: Packing | None
 
 
 def attention_mask_for(
@@ -138,21 +205,40 @@ class Attention(nn.Module):
         self.add_module(n.o, linear(q_dim, c.dim, bias=c.out_bias))
         for name in filter(None, (n.q_norm, n.k_norm)):
             self.add_module(name, RMSNorm(c.head_dim, c.norm_eps, family.norm == "rms+1"))
+        self.prefix = Slot("attention prefix", c.n_kv_heads, c.head_dim)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
         c, n = self.config, self.names
-        q, k, v = self.heads(x)  # (B, H, T, K), (B, Hkv, T, K) twice
+        q, k, v = self.heads(x)  # (B, T, H, K), (B, T, Hkv, K) twice
         if n.q_norm:
             q, k = getattr(self, n.q_norm)(q), getattr(self, n.k_norm)(k)
         rope = c.rope if self.window is None or c.rope_local is None else c.rope_local
         if rope is not None:
             by = step.rotations[rope is c.rope_local]
             q, k = rotate(q, by, rope.interleaved), rotate(k, by, rope.interleaved)
+        if step.packing is not None:
+            q, k, v = step.packing.rows(q), step.packing.rows(k), step.packing.rows(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K), (B, Hkv, T, K) twice
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v)
-        y = attend(q, k, v, step.masks[self.window], step.causal, c.attn_scale, c.attn_softcap)  # (B, H, T, K)
-        return getattr(self, n.o)(y.transpose(1, 2).reshape(*x.shape[:2], -1))  # type: ignore[no-any-return]
+        mask, causal = step.masks[self.window], step.causal
+        if not isinstance(self.prefix, Slot):  # an adapter put keys and values before the first token
+            k, v, mask = self.prefixed(x, k, v, mask)
+            causal = False
+        y = attend(q, k, v, mask, causal, c.attn_scale, c.attn_softcap)  # (B, H, T, K)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H K)
+        return getattr(self, n.o)(y if step.packing is None else step.packing.collect(y))  # type: ignore[no-any-return]
+
+    def prefixed(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """P positions before all others, seen by every query: they take part in no rotation and in no window."""
+        extra = self.prefix(x).to(k.dtype).transpose(1, 3)  # (B, P, 2, Hkv, K) -> (B, Hkv, 2, P, K)
+        T, S, P = x.shape[1], k.shape[2], extra.shape[3]
+        if mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)[None, None]
+        mask = torch.cat([mask.new_ones(*mask.shape[:3], P), mask], dim=-1)
+        k, v = (torch.cat([extra[:, :, i].expand(len(kv), -1, -1, -1), kv], dim=2) for i, kv in enumerate((k, v)))
+        return k, v, mask
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c, n = self.config, self.names
@@ -162,7 +248,7 @@ class Attention(nn.Module):
         else:
             q, k, v = project(x, getattr(self, n.q), getattr(self, n.k), getattr(self, n.v))
         shape = (*x.shape[:2], -1, c.head_dim)
-        return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
+        return q.reshape(shape), k.reshape(shape), v.reshape(shape)
 
 
 def attend(
@@ -173,19 +259,26 @@ def attend(
     groups = H // k.shape[1]
     causal = causal and mask is None and T > 1
     if softcap is not None:
-        scores = q.view(B, -1, groups, T, K) @ k[:, :, None].mT * (scale or 1 / math.sqrt(K))
-        scores = softcap * torch.tanh(scores / softcap)
         if causal:
             mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
-        return (scores.float().softmax(-1).to(v.dtype) @ v[:, :, None]).view(B, H, T, K)
+        return _capped(q, k, v, mask, scale or 1 / math.sqrt(K), softcap)
+    if causal and short_attention_pays(q):
+        return short_attention(q, k, v, scale or 1 / math.sqrt(K))
     if T == 1 and groups > 1:  # the heads of a group become queries of one head: no copy of k and v
-        y = F.scaled_dot_product_attention(q.view(B, -1, groups, K), k, v, attn_mask=mask, scale=scale)
-        return y.view(B, H, 1, K)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
-    )
+        y = F.scaled_dot_product_attention(q.reshape(B, -1, groups, K), k, v, attn_mask=mask, scale=scale)
+        return y.reshape(B, H, 1, K)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Attention with scores bent to +-softcap (Gemma 2), which no library kernel has; fp32 from scores to softmax."""
+    B, H, T, K = q.shape
+    kv_heads, S = k.shape[1], k.shape[2]
+    scores = (q.reshape(B, kv_heads, -1, K) @ k.mT).float().view(B, kv_heads, -1, T, S)  # (B, Hkv, H / Hkv, T, S)
+    scores = softcap * torch.tanh(scores * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], -math.inf)
+    return (scores.softmax(dim=-1).to(v.dtype).view(B, kv_heads, -1, S) @ v).view(B, H, T, K)
 
 
 class MLP(nn.Module):
@@ -206,13 +299,16 @@ class MLP(nn.Module):
         n = self.names
         if n.gate_up:
             gate, up = getattr(self, n.gate_up)(x).chunk(2, dim=-1)
-            h = self.act(gate) * up
+            h = self.gated(gate, up)
         elif n.gate:
             gate, up = project(x, getattr(self, n.gate), getattr(self, n.up))
-            h = self.act(gate) * up
+            h = self.gated(gate, up)
         else:
             h = self.act(getattr(self, n.up)(x))
         return getattr(self, n.down)(h)  # type: ignore[no-any-return]
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return swiglu(gate, up) if self.act is F.silu else self.act(gate) * up
 
 
 def norm_of(config: ModelConfig, family: Family) -> nn.Module:
@@ -231,13 +327,16 @@ class Block(nn.Module):
         self.add_module(n.mlp, MLP(config, family))
         for name in filter(None, (n.attn_post_norm, n.mlp_post_norm)):
             self.add_module(name, norm_of(config, family))
+        self.attn_slot, self.mlp_slot = Slot("sublayer", config.dim), Slot("sublayer", config.dim)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
         n = self.names
-        y = getattr(self, n.attn)(getattr(self, n.attn_norm)(x), step)
+        h = getattr(self, n.attn_norm)(x)
+        y = self.attn_slot(h, getattr(self, n.attn)(h, step))
         x = x + (getattr(self, n.attn_post_norm)(y) if n.attn_post_norm else y)
-        y = getattr(self, n.mlp)(getattr(self, n.mlp_norm)(x))
+        h = getattr(self, n.mlp_norm)(x)
+        y = self.mlp_slot(h, getattr(self, n.mlp)(h))
         return x + (getattr(self, n.mlp_post_norm)(y) if n.mlp_post_norm else y)
 
 
@@ -294,21 +393,43 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, D) after the final norm. With a cache, `attention_mask` is (B, cached + T)."""
-        n = self.family.names
+        n, (batch, tokens) = self.family.names, input_ids.shape
+        seen = 0 if cache is None else cache.length
+        if attention_mask is not None and attention_mask.shape != (batch, seen + tokens):
+            raise ValueError(f"attention_mask must be {(batch, seen + tokens)}, got {tuple(attention_mask.shape)}")
+        positions = position_ids
+        if positions is None:  # 0..T-1 after what is cached
+            positions = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
+        packing = None
+        if attention_mask is not None and cache is None and self.packable(attention_mask):
+            packing = Packing(attention_mask)
+            input_ids, positions = packing.pack(input_ids), packing.pack(positions.expand(batch, -1))
+            attention_mask = None
         x = self.get_submodule(n.embed)(input_ids)
-        step, positions = self.step(x, attention_mask, position_ids, cache)
+        if x.shape[1] > input_ids.shape[1]:  # virtual tokens before the others
+            x, attention_mask, positions = with_virtual(x, input_ids, attention_mask, positions, cache)
         if n.positions:
             x = x + self.get_submodule(n.positions)(positions)
         if self.family.embed_scale:
             x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype)  # rounded to x's dtype, as it was trained
+        step = self.step(x, attention_mask, positions, cache, packing)
         for block in self.get_submodule(n.layers):  # type: ignore[attr-defined]
             if self.checkpointing and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(block, x, step, use_reentrant=False)
+                contexts = partial(checkpoint_contexts, block)
+                x = checkpoint(block, x, step, use_reentrant=False, context_fn=contexts)
             else:
                 x = block(x, step)
         if cache is not None:
-            cache.length += input_ids.shape[1]
-        return self.get_submodule(n.norm)(x)  # type: ignore[no-any-return]
+            cache.length += x.shape[1]
+        x = self.get_submodule(n.norm)(x)
+        return x if packing is None else packing.unpack(x, tokens)
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """(V, D) where the logits are hidden @ Wᵀ and nothing else, so that a loss may take them in pieces; else None."""
+        head = self.get_submodule(self.family.names.lm_head)
+        plain = type(head) is nn.Linear and head.bias is None and self.config.final_softcap is None
+        return head.weight if plain else None
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)"""
@@ -317,19 +438,43 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)  # type: ignore[no-any-return]
 
     def step(
-        self, x: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
-    ) -> tuple[Step, Tensor]:
-        """What the layers share, and the positions (0..T-1 after what is cached, unless given).  x: (B, T, D)"""
-        c = self.config
-        tokens, seen = x.shape[1], 0 if cache is None else cache.length
-        if mask is not None and mask.shape != (x.shape[0], seen + tokens):
-            raise ValueError(f"attention_mask must be {(x.shape[0], seen + tokens)}, got {tuple(mask.shape)}")
-        positions = torch.arange(seen, seen + tokens, device=x.device)[None] if position_ids is None else position_ids
-        length = seen + tokens
+        self, x: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache | None, packing: Packing | None
+    ) -> Step:
+        """What the layers of this forward share.  x: (B, T, D), or (1, N, D) when it is packed"""
+        c, seen = self.config, 0 if cache is None else cache.length
+        tokens = x.shape[1] if packing is None else packing.width
+        # the longest row decides between the short and the long form of a stretched rope
+        length = seen + tokens if not _depends_on_length(c) else int(positions.max()) + 1
         rotations = {
             local: rotation(rope, positions, length)
             for local, rope in ((False, c.rope), (True, c.rope_local))
             if rope is not None
         }
         masks = {w: attention_mask_for(mask, w, tokens, seen, x.device) for w in set(c.windows)}
-        return Step(rotations, masks, causal=seen == 0, cache=cache), positions
+        return Step(rotations, masks, causal=seen == 0, cache=cache, packing=packing)
+
+    def packable(self, mask: Tensor) -> bool:
+        """Whether padding may be dropped: there is some, and nothing that acts needs the rows of the batch."""
+        real = int(mask.sum())
+        if not 0 < real < mask.numel():
+            return False
+        return not any(isinstance(m, AdaptedLinear) and m.needs_rows() for m in self.modules())
+
+
+def _depends_on_length(config: ModelConfig) -> bool:
+    return config.rope is not None and config.rope.kind in ("dynamic", "longrope")
+
+
+def with_virtual(
+    x: Tensor, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Make room for P virtual tokens that the embeddings put before the T real ones; once, where there is a cache."""
+    P = x.shape[1] - input_ids.shape[1]
+    if cache is not None and cache.length:
+        x = x[:, P:]
+    else:
+        virtual = torch.arange(P, device=x.device)[None].expand(positions.shape[0], -1)
+        positions = torch.cat([virtual, positions + P], dim=1)
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(mask.shape[0], P), mask], dim=1)
+    return x, mask, positions

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank.models.families import Rope
 
-Rotation = tuple[Tensor, Tensor]  # cos, sin: (B or 1, 1, T, dim / 2), fp32
+Rotation = tuple[Tensor, Tensor]  # cos, ±sin: (B or 1, T, 1, dim), fp32
 
 
 def frequencies(rope: Rope, length: int, device: torch.device) -> tuple[Tensor, float]:
@@ -84,10 +84,13 @@ def _longrope(rope: Rope, inverse: Tensor, options: dict[str, Any], length: int)
 
 
 def rotation(rope: Rope, positions: Tensor, length: int) -> Rotation:
-    """cos and sin for (B, T) positions. `length` decides between the short and the long form of a stretched rope."""
+    """cos and ±sin for (B, T) positions. `length` decides between the short and the long form of a stretched rope."""
     inverse, scale = frequencies(rope, length, positions.device)
-    angle = (positions.float()[:, :, None] * inverse)[:, None]  # (B, 1, T, dim / 2)
-    return angle.cos() * scale, angle.sin() * scale
+    angle = (positions.float()[:, :, None] * inverse)[:, :, None]  # (B, T, 1, dim / 2)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    if rope.interleaved:
+        return torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -106,21 +109,17 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x cos + swap(x) (±sin), where swap exchanges the two numbers of each pair."""
     width = cos.shape[-1]
-    out = torch.empty_like(x)
+    v = x[..., :width].to(cos.dtype)
     if interleaved:
-        a, b = x[..., 0 : 2 * width : 2].float(), x[..., 1 : 2 * width : 2].float()
-        out[..., 0 : 2 * width : 2] = a * cos - b * sin
-        out[..., 1 : 2 * width : 2] = a * sin + b * cos
+        swapped = v.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        a, b = x[..., :width].float(), x[..., width : 2 * width].float()
-        out[..., :width] = a * cos - b * sin
-        out[..., width : 2 * width] = a * sin + b * cos
-    if 2 * width < x.shape[-1]:  # rotary on the first part of the head only
-        out[..., 2 * width :] = x[..., 2 * width :]
-    return out
+        swapped = torch.cat([v[..., width // 2 :], v[..., : width // 2]], dim=-1)
+    y = (v * cos).addcmul_(swapped, sin).to(x.dtype)
+    return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
 
 
 def rotate(x: Tensor, by: Rotation, interleaved: bool = False) -> Tensor:
-    """Rotate each head's numbers by its position.  (B, H, T, K) -> (B, H, T, K), in x's dtype"""
+    """Rotate each head's numbers by its position.  (B, T, H, K) -> (B, T, H, K), in x's dtype"""
     return _Rotate.apply(x, *by, interleaved)  # type: ignore[no-untyped-call, no-any-return]
