@@ -62,6 +62,8 @@ class Adapter(nn.Module):
     """False where backward holds something constant on purpose (DoRA's norm)."""
     needs_y: bool = True
     """False where the method computes its own y (it gets y = None, and the base runs once)."""
+    tokens: int = 0
+    """Virtual tokens that it puts before the first one (prompt, prefix)."""
     peers: "tuple[Adapter, ...]" = ()
     """All adapters of the same attach, this one included; the first does what concerns all (a shared budget)."""
 
@@ -169,7 +171,7 @@ class AdaptedLinear(nn.Module):
         return now.layers.get(self, now.everywhere) if now.layers else now.everywhere
 
     def put(self, name: str, adapter: Adapter) -> None:
-        self.adapters[name] = adapter
+        self.adapters[name] = adapter.train(self.base.training)
         if adapter.edits_base:
             self.edited[name] = adapter.edit(self.base).requires_grad_(False)
 
@@ -190,6 +192,16 @@ class AdaptedLinear(nn.Module):
         if self.selection.now.rows is not None:
             return True
         return any(adapter.place in ("attention prefix", "embeddings") for _, adapter, _ in self.acting(self.active))
+
+    def virtual_tokens(self) -> int:
+        """How many tokens the adapters here put before the first one. Rows of one batch must agree."""
+        now = self.selection.now
+        counts = {sum(a.tokens for _, a, _ in self.acting(w)) for w in (now.rows or (self.active,))}
+        if len(counts) > 1:
+            raise ValueError(
+                f"the rows' adapters add {sorted(counts)} virtual tokens; rows of one batch need one number"
+            )
+        return counts.pop()
 
     def acting(self, weights: Weights) -> list[tuple[str, Adapter, float]]:
         """The adapters of this layer among `weights`: (name, adapter, weight)."""

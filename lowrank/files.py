@@ -90,7 +90,9 @@ def write_tensors(
 ) -> None:
     """A safetensors file with the tensors in sorted order: equal values give equal bytes."""
     if metadata and len(metadata) > 1:
-        raise ValueError(f"safetensors writes several metadata entries in random order; give one, got {sorted(metadata)}")
+        raise ValueError(
+            f"safetensors writes several metadata entries in random order; give one, got {sorted(metadata)}"
+        )
     ready = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
     write_bytes(path, save(ready, metadata))
 

@@ -8,14 +8,14 @@ A triplet (a row of A, its E, a column of B) has the score s(E) + mean s(A) + me
 that live, over all layers, falls by a cubic from rank to target_rank a layer; the others get E = 0 (eq. 12).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, linear, register
-from lowrank.methods.lora import LoRAConfig
+from lowrank.methods.lora import LoRAConfig, by_pattern
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class AdaLoRAConfig(LoRAConfig):
 
     orthogonality: float = 0.5
     """Weight of the penalty."""
+
+    def at(self, path: str) -> "AdaLoRAConfig":
+        rank = by_pattern(self.rank_pattern, path, self.rank)
+        return replace(self, rank=rank, target_rank=min(self.target_rank, rank), rank_pattern={})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,7 +47,7 @@ class HoulsbyConfig:
 class Houlsby(Adapter):
     Config = HoulsbyConfig
     place = "sublayer"
-    default_targets: ClassVar[tuple[str, ...]] = ("attn_out", "mlp_out")
+    default_targets: ClassVar[tuple[str, ...]] = ("attn_slot", "mlp_slot")
     mergeable = False  # the activation is no linear map
 
     def __init__(self, config: HoulsbyConfig, base: nn.Module) -> None:
@@ -77,7 +77,7 @@ class PfeifferConfig(HoulsbyConfig):
 @register("pfeiffer")
 class Pfeiffer(Houlsby):
     Config = PfeifferConfig
-    default_targets = ("mlp_out",)
+    default_targets = ("mlp_slot",)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ParallelConfig(HoulsbyConfig):
 @register("parallel")
 class Parallel(Houlsby):
     Config = ParallelConfig
-    default_targets = ("mlp_out",)
+    default_targets = ("mlp_slot",)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return y + self.update(x).to(y.dtype)

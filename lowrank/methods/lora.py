@@ -74,7 +74,7 @@ class LoRA(Adapter):
         super().__init__(config, base)
         in_features, out_features = features(base)
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)
-        self.lr_ratio = config.lr_ratio
+        self.lr_ratio, self.rank_stabilized = config.lr_ratio, config.rank_stabilized
         self.dropout = nn.Dropout(config.dropout)
         self.lora_A = nn.Parameter(torch.empty(config.rank, in_features))  # (R, I)
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank))  # (O, R)

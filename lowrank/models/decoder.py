@@ -69,7 +69,9 @@ class Conv1D(nn.Module):
 class KVCache:
     """Keys and values of every layer, allocated once for `capacity` tokens.  2 x (L, B, Hkv, S, K)"""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
@@ -400,6 +402,7 @@ class Decoder(nn.Module):
         positions = position_ids
         if positions is None:  # 0..T-1 after what is cached
             positions = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
+        positions = positions + self.prefix_tokens()
         packing = None
         if attention_mask is not None and cache is None and self.packable(attention_mask):
             packing = Packing(attention_mask)
@@ -423,6 +426,13 @@ class Decoder(nn.Module):
             cache.length += x.shape[1]
         x = self.get_submodule(n.norm)(x)
         return x if packing is None else packing.unpack(x, tokens)
+
+    def prefix_tokens(self) -> int:
+        """Positions that prefix adapters take before the first token."""
+        slots = (
+            getattr(block, self.family.names.attn).prefix for block in self.get_submodule(self.family.names.layers)
+        )  # type: ignore[attr-defined]
+        return max((slot.virtual_tokens() for slot in slots if isinstance(slot, AdaptedLinear)), default=0)
 
     @property
     def head_weight(self) -> Tensor | None:
