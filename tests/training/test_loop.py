@@ -32,7 +32,7 @@ def tiny(quantize: str | None = None) -> nn.Module:
 def case(name: str) -> tuple[dict, list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     folder = FIXTURES / "training" / name
     meta = json.loads((folder / "meta.json").read_text())
-    tensors = read_tensors(folder / "batches.safetensors")
+    tensors = {key: value.long() for key, value in read_tensors(folder / "batches.safetensors").items()}
     count = len({key.split(".")[1] for key in tensors})
     keys = ("input_ids", "attention_mask", "labels")
     micro = [{key: tensors[f"batch.{i}.{key}"] for key in keys} for i in range(count)]
