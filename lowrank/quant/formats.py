@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import unknown
-from lowrank.kernels.nf4_codec import blocks_of, encode_ref, pack
-from lowrank.quant.codebooks import codebook
+from lowrank.kernels.nf4_codec import blocks_of, pack
+from lowrank.quant.codec import encode_table
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,24 +59,23 @@ def check_block_size(block_size: object) -> None:
         raise ValueError(f"unknown block size {block_size!r}; known: {', '.join(map(str, BLOCK_SIZES))}")
 
 
-def check_weight(w: Tensor, name: str) -> None:
-    """Refuse what has no nearest code: NaN, infinity, and dtypes that fp32 does not hold."""
-    if w.dtype not in DTYPES.values():
-        raise ValueError(f"{name} has dtype {w.dtype}; quantization takes {', '.join(DTYPES)}: convert it first")
-    if w.numel() and not torch.isfinite(
-        w.sum(dtype=torch.float64)
-    ):  # one pass without a mask; a sum in fp64 cannot overflow
-        bad = w.numel() - int(torch.isfinite(w).sum())
+def check_finite(w: Tensor, scales: Tensor, zeros: Tensor | None, name: str) -> None:
+    """Refuse a weight with NaN or infinity, or with a range that the scales cannot hold; both show in the scales."""
+    if torch.isfinite(scales).all() and (zeros is None or torch.isfinite(zeros).all()):
+        return
+    bad = w.numel() - int(torch.isfinite(w).sum())
+    if bad:
         raise ValueError(
-            f"{name} has {bad} of {w.numel()} values that are NaN or infinite: quantization needs finite weights"
+            f"{name} has {bad} of {w.numel()} values that are NaN or infinite; quantization needs finite ones"
         )
+    raise ValueError(f"{name}: the range of a block does not fit {scales.dtype}; try float32 scales or another format")
 
 
 def round_to(w: Tensor, format: str, block_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """(codes, scales, zeros) of a weight of any shape.  -> uint8, (N,) `scale_dtype`, (N,) or None"""
     spec = FORMATS[format]
     if spec.table:
-        return *encode_ref(w, codebook(format), block_size), None
+        return *encode_table(w, format, block_size), None
     blocks = blocks_of(w, block_size)  # (N, G)
     if spec.affine:
         return _round_affine(w, blocks, scale_dtype)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.quant.decode import decode_into, workspace
+from lowrank.quant.codec import decode_into, workspace
 from lowrank.quant.formats import parse_format
 from lowrank.quant.tensor import QuantizedTensor
 

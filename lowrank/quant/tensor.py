@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import unknown
-from lowrank.quant.decode import decode_into
+from lowrank.quant.codec import decode_into
 from lowrank.quant.double import NESTED_BLOCK, dequantize_scales, quantize_scales
-from lowrank.quant.formats import DTYPES, FORMATS, check_block_size, check_weight, parse_format, round_to
+from lowrank.quant.formats import DTYPES, FORMATS, check_block_size, check_finite, parse_format, round_to
+from lowrank.quant.pool import pool
 from lowrank.quant.state import read_state, write_state
 
 MAX_NUMEL = 2**48  # far above any tensor, far below where an int64 byte count overflows
@@ -76,11 +77,10 @@ class QuantizedTensor:
                 f"{format} cannot hold its scales in {scale_dtype}: float32, and float16 for the int formats"
             )
         w = w.detach()
-        check_weight(w, name)
+        if w.dtype not in DTYPES.values():
+            raise ValueError(f"{name} has dtype {w.dtype}; quantization takes {', '.join(DTYPES)}: convert it first")
         codes, scales, zeros = round_to(w, format, block_size, scale_dtype)
-        _check_range(scales, name)
-        if zeros is not None:
-            _check_range(zeros, name)
+        check_finite(w, scales, zeros, name)
         nested = offset = None
         if double_quant:
             scales, nested, offset = quantize_scales(scales, name)
@@ -108,7 +108,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The product in fp32, rounded once to `dtype`. `out`: a contiguous tensor of this shape to fill."""
         if out is None:
-            out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.codes.device)
+            out = pool.empty(self.shape, dtype or self.dtype, self.codes.device)
         elif out.shape != self.shape or not out.is_contiguous() or (dtype or out.dtype) != out.dtype:
             raise ValueError(
                 f"out must be a contiguous {self.shape} of {dtype or out.dtype}, got {tuple(out.shape)} of {out.dtype}"
@@ -188,10 +188,3 @@ def _check(key: str, part: Tensor, numel: int, *dtypes: torch.dtype) -> None:
     if part.dtype not in dtypes or tuple(part.shape) != (numel,):
         wanted = " or ".join(str(d) for d in dtypes)
         raise ValueError(f"{key} must be ({numel},) of {wanted}, got {tuple(part.shape)} of {part.dtype}")
-
-
-def _check_range(part: Tensor, name: str) -> None:
-    if not torch.isfinite(part).all():
-        raise ValueError(
-            f"{name}: the range of a block does not fit {part.dtype}; try float32 scales or another format"
-        )

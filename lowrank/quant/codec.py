@@ -1,0 +1,140 @@
+"""The formats' inner loops, fast on a CPU in eager torch and bit-equal to the plain reference in `nf4_codec`.
+
+Decoding: a byte of two 4-bit codes indexes a table of 256 PAIRS of fp32 values, gathered as one 64-bit number each;
+then one product with the scale of the block in fp32 and one rounding. Encoding to a table: [-1, 1] is cut into cells so
+narrow that each holds at most one decision bound; a table gives for each cell its bound and the rank below it, gathered
+together, and the comparison with that one bound is exact. Both run in pieces that stay in the cache, over a workspace
+that is kept between calls: fresh memory costs more than the arithmetic.
+"""
+
+import threading
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowrank.kernels.nf4_codec import decision_bounds, encode_ref, pack
+from lowrank.quant.codebooks import codebook
+
+PIECE = 2**20  # values decoded at a time: 4 MB of fp32
+ENCODE_PIECE = 2**18
+CELLS = 2048
+SAFE = 2.0**-100, 2.0**100  # where 1 / absmax is a normal number, far from both ends
+
+
+class _Workspace(threading.local):
+    """One growing buffer per use and thread. On a GPU the caching allocator does that, so there it is just `empty`."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(numel, dtype=dtype, device=device)
+        buffer = self.buffers.get((use, dtype))
+        if buffer is None or buffer.numel() < numel:
+            with torch.inference_mode(False):
+                buffer = self.buffers[use, dtype] = torch.empty(numel, dtype=dtype)
+        return buffer[:numel]
+
+
+workspace = _Workspace()
+
+
+@cache
+def _pairs(format: str, device: torch.device) -> Tensor:
+    """The two fp32 values of each byte, as the bits of one int64.  -> (256,)"""
+    values = codebook(format)
+    first, second = values.repeat_interleave(16), values.repeat(16)  # byte = 16 · first + second
+    return torch.stack((first, second), dim=1).view(torch.int64).view(-1).to(device)
+
+
+def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, block_size: int) -> None:
+    """Fill the flat contiguous `out` (n,) of any float dtype; scales (N,) are fp32 or fp16, no longer quantized."""
+    numel, device = out.numel(), out.device
+    whole = numel - numel % block_size
+    for start in range(0, whole, PIECE):
+        end = min(start + PIECE, whole)
+        first, last = start // block_size, end // block_size
+        piece = out[start:end]
+        values = piece if out.dtype == torch.float32 else workspace.take("values", end - start, torch.float32, device)
+        if format == "int8":
+            values.copy_(codes[start:end].view(torch.int8))
+        else:
+            index = workspace.take("index", (end - start) // 2, torch.int32, device)
+            index.copy_(codes[start // 2 : end // 2])
+            torch.index_select(_pairs(format, device), 0, index, out=values.view(torch.int64))
+        rows = values.view(-1, block_size)
+        rows.mul_(scales[first:last, None])
+        if zeros is not None:
+            rows.add_(zeros[first:last, None])
+        if values is not piece:
+            piece.copy_(values)
+    if whole < numel:
+        rest = codes[whole if format == "int8" else whole // 2 :]
+        _decode_rest(out[whole:], format, rest, scales[-1], None if zeros is None else zeros[-1])
+
+
+def _decode_rest(out: Tensor, format: str, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    """The last, partial block, whose count may be odd."""
+    if format == "int8":
+        values = codes.view(torch.int8).float()
+    else:
+        values = _pairs(format, out.device)[codes.int()].view(torch.float32)[: out.numel()]
+    values = values * scale.float()
+    out.copy_(values if zero is None else values + zero.float())
+
+
+@cache
+def _cells(format: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """For each cell of [-1, 1] its bound and the rank below it as one int64 (CELLS + 1,); and the byte of two ranks ->
+    the byte of two codes (256,), None where they are the same.
+
+    Cell i is what fl(s + 1) · CELLS / 2 truncates to i. Rounding moves s + 1 by at most 2^-24, so a bound within 1e-6
+    of an edge is listed in both cells; a cell without a bound has infinity, which no s passes.
+    """
+    bounds, order = decision_bounds(codebook(format))
+    low = torch.arange(CELLS + 1, dtype=torch.float64) * 2 / CELLS - 1
+    rank = torch.searchsorted(bounds.double(), low - 1e-6)
+    count = torch.searchsorted(bounds.double(), low + 2 / CELLS + 1e-6) - rank
+    assert int(count.max()) == 1
+    bound = torch.where(count == 1, bounds[rank.clamp(max=14)], torch.inf)
+    table = torch.stack((bound.view(torch.int32), rank.int()), dim=1).view(torch.int64).view(-1)
+    codes = (order[:, None] << 4 | order[None, :]).view(-1)
+    same = torch.equal(order, torch.arange(16, dtype=torch.uint8))
+    return table.to(device), None if same else codes.to(device)
+
+
+def encode_table(w: Tensor, format: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """`encode_ref` for nf4 and fp4: packed codes (⌈n/2⌉,) uint8 and block maxima (N,) fp32 of the flattened tensor."""
+    flat, numel, device = w.reshape(-1), w.numel(), w.device
+    packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=device)
+    whole = numel - numel % block_size
+    for start in range(0, whole, ENCODE_PIECE):
+        end = min(start + ENCODE_PIECE, whole)
+        maxima = absmax[start // block_size : end // block_size]
+        _encode_piece(flat[start:end], format, block_size, packed[start // 2 : end // 2], maxima)
+    if whole < numel:
+        packed[whole // 2 :], absmax[whole // block_size :] = encode_ref(flat[whole:], codebook(format), block_size)
+    return packed, absmax
+
+
+def _encode_piece(piece: Tensor, format: str, block_size: int, packed: Tensor, maxima: Tensor) -> None:
+    n, device = piece.numel(), piece.device
+    scaled = workspace.take("scaled", n, torch.float32, device)
+    cell = workspace.take("cell", n, torch.float32, device)
+    scaled.copy_(piece)
+    torch.abs(scaled, out=cell)
+    torch.amax(cell.view(-1, block_size), dim=1, out=maxima)
+    if not ((maxima <= SAFE[1]) & ((maxima >= SAFE[0]) | (maxima == 0))).all():  # NaN too
+        packed[:], _ = encode_ref(piece, codebook(format), block_size)
+        return
+    table, codes = _cells(format, device)
+    scaled.view(-1, block_size).mul_(maxima.clamp(min=SAFE[0]).reciprocal_()[:, None])
+    torch.add(scaled, 1.0, out=cell).mul_(CELLS / 2)
+    index = workspace.take("index", n, torch.int32, device).copy_(cell)
+    found = torch.index_select(table, 0, index, out=workspace.take("found", n, torch.int64, device))
+    above = torch.gt(scaled, found.view(torch.float32).view(-1, 2)[:, 0])
+    ranks = torch.add(found.view(torch.uint8).view(-1, 8)[:, 4], above.view(torch.uint8))  # little-endian
+    torch.index_select(codes, 0, pack(ranks).int(), out=packed) if codes is not None else packed.copy_(pack(ranks))
