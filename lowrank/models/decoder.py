@@ -67,29 +67,26 @@ class Conv1D(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for `capacity` tokens.  2 x (L, B, Hkv, S, K)"""
+    """Keys and values of every layer, allocated once for `capacity` tokens.  L x 2 x (B, Hkv, S, K)"""
 
-    def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (batch, config.n_kv_heads, capacity, config.head_dim)
+        self.layers = [[torch.empty(shape, dtype=dtype, device=device) for _ in "kv"] for _ in range(config.n_layers)]
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, Hkv, T, K) behind what is there; `length` moves on when the whole forward is done."""
-        end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:  # virtual tokens that the caller did not count
-            room = (0, 0, 0, end)
-            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, Hkv, T, K) behind what is there; `length` moves on when the whole forward is done."""
+        held, end = self.layers[layer], self.length + new[0].shape[2]
+        for i, kv in enumerate(new):
+            if end > held[i].shape[2]:  # virtual tokens that the caller did not count
+                held[i] = F.pad(held[i], (0, 0, 0, end))
+            held[i][:, :, self.length : end] = kv
+        return held[0][:, :, :end], held[1][:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row of the batch but these."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        for held in self.layers:
+            held[:] = [kv[rows] for kv in held]
 
 
 class _Spread(torch.autograd.Function):
@@ -122,14 +119,17 @@ class _Collect(torch.autograd.Function):
 class Packing:
     """A padded batch without its padding: linear layers and norms then work on the N real tokens alone.
 
-    Attention gets its rows back, real tokens first, where plain causal attention needs no mask at all.
+    Attention gets its rows back: real tokens first, where plain causal attention needs no mask at all, or, for a cache,
+    as the batch came.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        self.batch, self.width = mask.shape[0], int(mask.sum(dim=1).max())
-        self.given = mask.flatten().nonzero()[:, 0]  # (N,) places in the batch as it came
-        place = mask.long().cumsum(dim=1) - 1 + torch.arange(self.batch, device=mask.device)[:, None] * self.width
-        self.aligned = place.flatten()[self.given]  # (N,) places in (B, W), each row's tokens first
+    def __init__(self, mask: Tensor, align: bool) -> None:
+        self.batch, self.width = mask.shape
+        self.given = self.aligned = mask.flatten().nonzero()[:, 0]  # (N,) places in the batch as it came
+        if align:
+            self.width = int(mask.sum(dim=1).max())
+            place = mask.long().cumsum(dim=1) - 1 + torch.arange(self.batch, device=mask.device)[:, None] * self.width
+            self.aligned = place.flatten()[self.given]  # (N,) places in (B, W), each row's tokens first
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)"""
@@ -160,7 +160,8 @@ class Step:
     """By whether the layer has a window (Gemma 3 has two ropes)."""
     masks: dict[int | None, Tensor | None]
     """By window: which keys a query sees, (B or 1, 1, T, S) bool; None where plain causal (or no) masking does."""
-    causal: bool
+    tokens: int
+    """T, the width of the batch that attention sees."""
     cache: KVCache | None
     packing: Packing | None
 
@@ -224,7 +225,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K), (B, Hkv, T, K) twice
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v)
-        mask, causal = step.masks[self.window], step.causal
+        mask, causal = step.masks[self.window], k.shape[2] == step.tokens
         if not isinstance(self.prefix, Slot):  # an adapter put keys and values before the first token
             k, v, mask = self.prefixed(x, k, v, mask)
             causal = False
@@ -404,10 +405,10 @@ class Decoder(nn.Module):
             positions = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
         positions = positions + self.prefix_tokens()
         packing = None
-        if attention_mask is not None and cache is None and self.packable(attention_mask):
-            packing = Packing(attention_mask)
+        if attention_mask is not None and seen == 0 and self.packable(attention_mask):
+            packing = Packing(attention_mask, align=cache is None)
             input_ids, positions = packing.pack(input_ids), packing.pack(positions.expand(batch, -1))
-            attention_mask = None
+            attention_mask = None if cache is None else attention_mask
         x = self.get_submodule(n.embed)(input_ids)
         if x.shape[1] > input_ids.shape[1]:  # virtual tokens before the others
             x, attention_mask, positions = with_virtual(x, input_ids, attention_mask, positions, cache)
@@ -423,7 +424,7 @@ class Decoder(nn.Module):
             else:
                 x = block(x, step)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.length += step.tokens
         x = self.get_submodule(n.norm)(x)
         return x if packing is None else packing.unpack(x, tokens)
 
@@ -461,7 +462,7 @@ class Decoder(nn.Module):
             if rope is not None
         }
         masks = {w: attention_mask_for(mask, w, tokens, seen, x.device) for w in set(c.windows)}
-        return Step(rotations, masks, causal=seen == 0, cache=cache, packing=packing)
+        return Step(rotations, masks, tokens, cache, packing)
 
     def packable(self, mask: Tensor) -> bool:
         """Whether padding may be dropped: there is some, and nothing that acts needs the rows of the batch."""

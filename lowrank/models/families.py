@@ -7,7 +7,7 @@ projects (`hidden_size`, `attn_q`) live in this file alone.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowrank.errors import ConfigError, did_you_mean
@@ -121,16 +121,135 @@ class Family:
     """The file holds q and k with rows in pairs of neighbours (Llama)."""
 
 
-_QK = {"q_norm": "q_norm", "k_norm": "k_norm"}
-_GEMMA_NAMES: dict[str, str] = {
-    "attn_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
+_GEMMA = Names(
+    attn_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
+_GPT2 = Names(
+    embed="transformer.wte",
+    positions="transformer.wpe",
+    layers="transformer.h",
+    norm="transformer.ln_f",
+    attn="attn",
+    attn_norm="ln_1",
+    mlp_norm="ln_2",
+    qkv="c_attn",
+    o="c_proj",
+    gate="",
+    up="c_fc",
+    down="c_proj",
+)
+_CHATGLM = Names(
+    embed="transformer.embedding.word_embeddings",
+    layers="transformer.encoder.layers",
+    norm="transformer.encoder.final_layernorm",
+    lm_head="transformer.output_layer",
+    attn="self_attention",
+    qkv="query_key_value",
+    o="dense",
+    gate_up="dense_h_to_4h",
+    down="dense_4h_to_h",
+)
 FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
         Family("llama", ("llama",), gguf=("llama",), gguf_permuted=True, defaults={"rms_norm_eps": 1e-6}),
+        Family("mistral", ("mistral",), windows="all", defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8}),
+        Family(
+            "qwen2",
+            ("qwen2",),
+            windows="upper",
+            defaults={"rms_norm_eps": 1e-6, "qkv_bias": True, "use_sliding_window": False},
+            gguf=("qwen2",),
+        ),
+        Family(
+            "qwen3",
+            ("qwen3",),
+            names=Names(q_norm="q_norm", k_norm="k_norm"),
+            windows="upper",
+            defaults={"rms_norm_eps": 1e-6, "head_dim": 128, "use_sliding_window": False},
+            gguf=("qwen3",),
+        ),
+        Family(
+            "gemma2",
+            ("gemma2",),
+            names=_GEMMA,
+            windows="even",
+            norm="rms+1",
+            embed_scale=True,
+            defaults={
+                "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": True,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "head_dim": 256,
+                "query_pre_attn_scalar": 256,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+                "sliding_window": 4096,
+            },
+        ),
+        Family(
+            "gemma3",
+            ("gemma3_text",),
+            names=replace(_GEMMA, q_norm="q_norm", k_norm="k_norm"),
+            windows="pattern",
+            norm="rms+1",
+            embed_scale=True,
+            defaults={
+                "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": True,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "head_dim": 256,
+                "query_pre_attn_scalar": 256,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "sliding_window": 4096,
+            },
+            gguf=("gemma3",),
+        ),
+        Family(
+            "phi3",
+            ("phi3",),
+            names=Names(qkv="qkv_proj", gate_up="gate_up_proj"),
+            windows="all",
+            defaults={"rms_norm_eps": 1e-5},
+        ),
+        Family(
+            "gpt2",
+            ("gpt2",),
+            names=_GPT2,
+            norm="layer",
+            conv1d=True,
+            keys={
+                "n_embd": "hidden_size",
+                "n_layer": "num_hidden_layers",
+                "n_head": "num_attention_heads",
+                "n_inner": "intermediate_size",
+                "n_positions": "max_position_embeddings",
+                "layer_norm_epsilon": "rms_norm_eps",
+                "activation_function": "hidden_act",
+            },
+            defaults={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_new"},
+        ),
+        Family(
+            "chatglm",
+            ("chatglm",),
+            names=_CHATGLM,
+            rope_interleaved=True,
+            keys={
+                "num_layers": "num_hidden_layers",
+                "ffn_hidden_size": "intermediate_size",
+                "padded_vocab_size": "vocab_size",
+                "kv_channels": "head_dim",
+                "multi_query_group_num": "num_key_value_heads",
+                "layernorm_epsilon": "rms_norm_eps",
+                "seq_length": "max_position_embeddings",
+                "add_qkv_bias": "qkv_bias",
+                "add_bias_linear": "mlp_bias",
+            },
+            defaults={"partial_rotary_factor": 0.5, "rope_theta": 10000.0},
+        ),
     )
 }
 
