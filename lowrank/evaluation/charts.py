@@ -12,12 +12,12 @@ TEXT = 'font-size="12" style="fill:var(--muted)"'
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) that lie within low..high."""
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten) that lie within low..high."""
     if not high > low:
         return [low]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -54,8 +54,8 @@ def curves(
     mark_from: Point | None = None,
     note: str = "",
     faint: Mapping[str, tuple[Sequence[Point], str]] | None = None,
-    width: int = 640,
-    height: int = 260,
+    width: int = 960,
+    height: int = 300,
 ) -> str:
     """Lines over training steps. `lines` and `faint`: name -> (points, CSS colour). `mark_from` shades what lies behind
     that point, with `note` at its top."""
@@ -101,6 +101,8 @@ def curves(
     for name, (points, colour) in shown.items():
         parts.append(_line([at(*p) for p in points], colour, 2))
         for x, y in points if len(points) <= 60 else ():
+            if not math.isfinite(y):
+                continue
             px, py = at(x, y)
             parts.append(
                 f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" style="fill:{colour};stroke:var(--surface)">'
@@ -161,7 +163,7 @@ def strip(figures: Sequence[tuple[str, float, Sequence[float] | None, str]], wid
 
 def stacked(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str]) -> str:
     """Shares that add up to 1, one bar a row; a share of at least 6 % carries its number."""
-    width, bar, gap, left = 640, 26, 14, 150
+    width, bar, gap, left = 960, 28, 14, 170
     height = len(rows) * (bar + gap)
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="shares of the answer classes">']
     for i, (name, shares) in enumerate(rows.items()):

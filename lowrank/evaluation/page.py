@@ -40,7 +40,8 @@ svg { max-width: 100%; height: auto; display: block }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px }
 th, td { text-align: left; padding: 7px 10px; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--muted); font-weight: 600 }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+td.n { white-space: nowrap }
 td small { color: var(--muted); display: block }
 .up { color: var(--good); font-weight: 600 }
 .down { color: var(--bad); font-weight: 600 }
@@ -49,7 +50,8 @@ td small { color: var(--muted); display: block }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 24px }
 .tag { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 0 9px; font-size: 13px;
   color: var(--muted) }
-.worst { display: grid; gap: 12px }
+.worst { display: grid; gap: 12px; margin-top: 12px }
+summary { cursor: pointer; color: var(--muted); margin-top: 14px }
 .worst article { border: 1px solid var(--line); border-left: 4px solid var(--bad); border-radius: 8px;
   padding: 12px 14px }
 .worst article.unsupported { border-left-color: var(--warn) }

@@ -24,7 +24,7 @@ CLASS_COLOURS = {
     "no_claim": "var(--none)",
 }
 RISKS = ("high", "medium", "low", "")
-WORST = 24
+WORST, LISTED = 6, 40  # shown at once, and in all; the others are in samples.jsonl
 
 
 def write_report(
@@ -228,7 +228,7 @@ def _curves(page: Page) -> str:
     told = f'<p class="muted">{escape("; ".join(remarks))}.</p>' if remarks else ""
     loss_chart = curves(lines, "loss over steps", mark, note, faint)
     rate_chart = (
-        curves(rates, "learning rate over steps", height=180) if any(len(r) > 1 for r, _ in rates.values()) else ""
+        curves(rates, "learning rate over steps", height=200) if any(len(r) > 1 for r, _ in rates.values()) else ""
     )
     return f"<h3>Loss</h3>{loss_chart}{told}" + (f"<h3>Learning rate</h3>{rate_chart}" if rate_chart else "")
 
@@ -255,16 +255,12 @@ def _worst(page: Page) -> str:
 
     rows.sort(key=harm)
     articles = []
-    for column, row in rows[:WORST]:
+    for column, row in rows[:LISTED]:
         kind = row["answer_class"]
         style = {"contradicted": "", "unsupported": "unsupported"}.get(kind, "other")
-        tags = [
-            kind.replace("_", " "),
-            row.get("type", ""),
-            f"{row['risk']} risk" if row.get("risk") else "",
-            row.get("part", "").replace("_", " "),
-        ]
-        tags = ([page.name(column)] if page.other is not None else []) + [tag for tag in tags if tag]
+        tags = [page.name(column)] if page.other is not None else []
+        tags += [row.get("type") or kind.replace("_", " "), row.get("part", "").replace("_", " ")]
+        tags += [f"{row['risk']} risk"] if row.get("risk") else []
         entries = [
             ("question", row["question"]),
             ("answer", row.get("answer") or "(nothing)"),
@@ -277,8 +273,10 @@ def _worst(page: Page) -> str:
         told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries if text)
         labels = " ".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags)
         articles.append(f'<article class="{style}">{labels}<dl>{told}</dl></article>')
-    more = f'<p class="muted">{len(rows)} answers are not right; the first {WORST} are here, all in samples.jsonl.</p>'
-    return f'<div class="worst">{"".join(articles)}</div>' + (more if len(rows) > WORST else "")
+    shown, rest = (f'<div class="worst">{"".join(part)}</div>' for part in (articles[:WORST], articles[WORST:]))
+    told = f'<p class="muted">{len(rows)} answers are not right; those that would do most harm come first.</p>'
+    more = f"<details><summary>{len(articles) - WORST} more</summary>{rest}</details>" if articles[WORST:] else ""
+    return told + shown + more
 
 
 def _forgetting(page: Page) -> str:
