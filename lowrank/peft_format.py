@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapter import METHODS, Adapter, adapted_layers, features, is_linear, require_adapter, require_unmerged
+from lowrank.adapter import (
+    METHODS,
+    Adapter,
+    adapted_layers,
+    features,
+    is_conv1d,
+    is_linear,
+    require_adapter,
+    require_unmerged,
+)
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json, read_tensors, write_json, write_tensors
 from lowrank.methods.ia3 import IA3
@@ -40,6 +49,7 @@ from lowrank.targets import (
 )
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+LIKE = "0.21.2"  # the PEFT whose files these are: from 0.18 on it reads OFT's series in another way
 TOKENS = ("prompt", "p_tuning", "prefix")  # one tensor for the whole model, "prompt_embeddings"
 
 
@@ -218,7 +228,8 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
     form, layers = FORMATS[method], places(model)
     own = [path for path, adapter in adapters.items() if not isinstance(adapter, TrainedCopy)]
     copies = [path for path in adapters if path not in own]
-    written = {"peft_type": form.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, **form.write(config)}
+    written = {"peft_type": form.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": LIKE}
+    written |= form.write(config)
     if method in TOKENS:
         written |= _token_settings(model, layers, own, method)
         tensors = {"prompt_embeddings": _gather_tokens([adapters[path] for path in own])}
@@ -226,8 +237,9 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
         written |= {
             "target_modules": _leaves(model, own),
             "modules_to_save": copies or None,
-            "fan_in_fan_out": any(type(layers[path]).__name__ == "Conv1D" for path in own),
         }
+        if any(is_conv1d(layers[path]) for path in own):
+            written["fan_in_fan_out"] = True
         tensors = {}
         for path in own:
             for suffix, value in _to_theirs(adapters[path], layers[path], form).items():

@@ -337,14 +337,16 @@ def _rows(method: type[Adapter]) -> None:
     model, x = host(method)
     give(model, method, "a", seed=1)
     give(model, method, "b", seed=2)
-    choices: list[Any] = ["a", "b"]
+    batches: list[list[Any]] = [["a", "b"]]
     if method.place in ("linear", "sublayer"):
-        choices, x = [*choices, None, {"a": 0.5, "b": 2.0}, "a"], torch.cat([x, x, x[:1]])
-    with rows(model, choices):
-        y = model(x)
-    for i, choice in enumerate(choices):
-        with acting(model, choice):
-            close(y[i : i + 1], model(x[i : i + 1]), f"row {i} ({choice})", 1e-5)
+        batches += [["a", None, {"b": 0.5}, "a"], ["b", None, {"a": 0.5, "b": 2.0}, "a"]]
+    for choices in batches:
+        x = torch.cat([x, x.flip(0)])[: len(choices)]
+        with rows(model, choices):
+            y = model(x)
+        for i, choice in enumerate(choices):
+            with acting(model, choice):
+                close(y[i : i + 1], model(x[i : i + 1]), f"row {i} ({choice})", 1e-5)
 
 
 @theorem("fused == forward")

@@ -77,6 +77,8 @@ class VeRA(Adapter):
         if in_features > largest[0] or out_features > largest[1]:
             raise ValueError(f"a layer {in_features} -> {out_features} is larger than the shared matrices {largest}")
         A, B = projections(config.seed, config.rank, *largest)
+        if config.save_projection:  # a file may bring other values, and each layer must have its own to hold them
+            A, B = A.clone(), B.clone()
         self.register_buffer("vera_A", A[:, :in_features], persistent=config.save_projection)  # (R, I)
         self.register_buffer("vera_B", B[:out_features], persistent=config.save_projection)  # (O, R)
         self.dropout = nn.Dropout(config.dropout)
