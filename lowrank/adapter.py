@@ -255,7 +255,7 @@ class AdaptedLinear(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     def _grouped(self, x: Tensor, y: Tensor, rows: list[Weights]) -> Tensor | None:
-        if any(len(row) > 1 for row in rows):
+        if len(self.edited) or any(len(row) > 1 for row in rows):
             return None
         adapters = [self.adapters[row[0][0]] if row else None for row in rows]
         methods = {type(adapter) for adapter in adapters if adapter is not None}
