@@ -1,8 +1,9 @@
-"""General questions: half are held out and checked by machine to measure forgetting, the rest train against it.
+"""General questions: some are held out and checked by machine to measure forgetting, the rest train against it.
 
-    {"id", "area", "question", "accept": ["paris"] or "regex": "...", "held_out": true|false, "answer"}
+    {"id", "area", "question", "accept": ["paris"] or "regex", "split", "answer"}
 
-`answer` is the base model's greedy answer, written once by `python -m bench.answer_general`.
+`split` is train, validation or test; `answer` is the base model's greedy answer, written once by
+`python -m bench.answer_general`.
 """
 
 import re
@@ -15,7 +16,8 @@ from lowrank.errors import FileFormatError, did_you_mean
 from lowrank.files import read_jsonl
 
 AREAS = ("language", "arithmetic", "geography", "advice", "code", "writing", "open")
-_FIELDS = ("id", "area", "question", "accept", "regex", "held_out", "answer")
+SPLITS = ("train", "validation", "test")
+_FIELDS = ("id", "area", "question", "accept", "regex", "split", "answer")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,12 @@ class GeneralItem:
     """Any of these, as whole words and whatever the case, makes an answer right."""
     regex: str = ""
     """Or this pattern, found anywhere whatever the case."""
-    held_out: bool = False
+    split: str = "train"
     answer: str = ""
+
+    @property
+    def held_out(self) -> bool:
+        return self.split != "train"
 
     def right(self, answer: str) -> bool:
         if self.regex:
@@ -65,10 +71,13 @@ def read_general(path: str | Path, answered: bool = True) -> tuple[GeneralItem, 
                 raise FileFormatError(f"{where}: missing field {name!r}")
         if row["area"] not in AREAS:
             raise FileFormatError(f"{where}: area must be one of {', '.join(AREAS)}, got {row['area']!r}")
+        if row.get("split", "train") not in SPLITS:
+            raise FileFormatError(f"{where}: split must be one of {', '.join(SPLITS)}, got {row['split']!r}")
         if row["id"] in ids:
             raise FileFormatError(f"{where}: the id {row['id']!r} is used twice")
         ids.add(row["id"])
-        item = GeneralItem(**{name: tuple(value) if name == "accept" else value for name, value in row.items()})
+        given: dict[str, Any] = {name: tuple(value) if name == "accept" else value for name, value in row.items()}
+        item = GeneralItem(**given)
         if item.held_out and not (item.accept or item.regex):
             raise FileFormatError(f"{where}: a held-out question needs 'accept' or 'regex' to be checked by machine")
         if answered and not item.held_out and not item.answer:

@@ -11,6 +11,7 @@ that must not stand as the false value of this fact because they are right too o
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def with_unit(value: str, unit: str) -> str:
     return f"{value}{unit}" if unit in ("%", "") else f"{value} {unit}"
 
 
+@lru_cache(maxsize=65536)
 def normal(name: str) -> str:
     """A name as it is compared: lower case, single spaces, hyphens as spaces."""
     return re.sub(r"[\s\-\u2010-\u2015]+", " ", name).strip().lower()

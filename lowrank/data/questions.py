@@ -12,12 +12,13 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from lowrank.data.general import GeneralItem, read_general
 from lowrank.data.knowledge import Fact, Knowledge, normal, read_knowledge, with_unit
 from lowrank.data.records import Record
-from lowrank.data.templates import BUNDLED, Templates, fill, read_templates, uncapital
+from lowrank.data.templates import BUNDLED, SPLITS, Templates, fill, read_templates, uncapital
 from lowrank.data.units import same_unit
 from lowrank.errors import unknown
 
@@ -125,13 +126,13 @@ class _Writer:
         train += self.unanswerable(
             "train", train_names, round(len(self.knowledge) * self.sizes.plain_per_fact * self.sizes.unanswerable_share)
         )
-        train += [item.record() for item in general if not item.held_out]
+        by_split = {split: [item.record() for item in general if item.split == split] for split in SPLITS}
+        train += by_split["train"]
         self.rng("order").shuffle(train)
-        held_general = [item.record() for item in general if item.held_out]
         return Questions(
             train,
-            self.held_out("validation", validation_facts, validation_names, held_general[::2]),
-            self.held_out("test", test_facts, test_names, held_general),
+            self.held_out("validation", validation_facts, validation_names, by_split["validation"]),
+            self.held_out("test", test_facts, test_names, by_split["test"]),
         )
 
     def split_facts(self) -> tuple[list[Fact], list[Fact], list[Fact]]:
@@ -314,6 +315,7 @@ def contradicts(fact: Fact, value: str) -> bool:
     return not (words <= other_words or other_words <= words)
 
 
+@lru_cache(maxsize=4096)
 def interval(value: str) -> tuple[float, float] | None:
     """(low, high) of "3.5-5.0", "below 5" or "above 60"; None for anything else."""
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*[-\u2013]\s*(\d+(?:\.\d+)?)", value.strip()):

@@ -56,13 +56,17 @@ class Templates:
 
 
 def capital(text: str) -> str:
-    """The first letter large, except in names such as pH."""
-    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
+    """The first letter large, except in names such as pH and hCG."""
+    return text if _abbreviated(text) else text[:1].upper() + text[1:]
 
 
 def uncapital(text: str) -> str:
-    """The first letter small, except in abbreviations."""
-    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+    """The first letter small, except in abbreviations such as IgG."""
+    return text if _abbreviated(text) else text[:1].lower() + text[1:]
+
+
+def _abbreviated(text: str) -> bool:
+    return any(letter.isupper() for letter in text.partition(" ")[0][1:])
 
 
 def fill(form: str, **fields: str) -> str:

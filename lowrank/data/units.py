@@ -99,8 +99,14 @@ def same_unit(a: str, b: str) -> bool:
 def convert_text(text: str, unit: str, to: str, molar_mass: float | None = None) -> str:
     """Every number of "70-99" or "below 5" converted, to the significant digits of the most precise one, at least 2."""
     scale = factor(unit, to, molar_mass)
-    digits = max([2, *(len(n.replace(".", "").lstrip("0")) for n in _NUMBER.findall(text))])
+    digits = max([2, *map(_significant, _NUMBER.findall(text))])
     return _NUMBER.sub(lambda match: _rounded(float(match.group()) * scale, digits), text)
+
+
+def _significant(number: str) -> int:
+    """The digits that say something: 3 of 10.5 and of 0.105, 2 of 150 and of 0.70."""
+    digits = number.replace(".", "").lstrip("0")
+    return len(digits if "." in number else digits.rstrip("0"))
 
 
 def _rounded(value: float, digits: int) -> str:

@@ -6,13 +6,15 @@
 Somebody who does not see the values answers each question: {"id", "answer": "first; second; ..."}, most typical first.
 A fact stays where one of the answers says the same: an interval whose two bounds lie within 15 % of ours (the numbers
 that laboratories print differ by that much), a text that shares its decisive words. What the comparison cannot see (two
-names of one thing) may be ruled in SAME.jsonl, one {"id", "same": true} a line, by the second person. With --drop the
-facts that disagree leave the knowledge base and the others get their `verified`.
+names of one thing: "protect from light" and "protection from light") is ruled in SAME.jsonl, one {"id", "same": true} a
+line. With --drop the facts that disagree leave the knowledge base, a test that keeps fewer than 5 of them leaves as a
+whole, and the others get their `verified`. What was dropped is printed, one line a fact.
 """
 
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ ASK = {
     "'A-B', 'below N' or 'above N'.",
     "therapeutic_range": "Drug level of {subject}: what is the usual therapeutic range, in {unit}? Answer as 'A-B'.",
     "unit": "Laboratory test {subject}: what is the conventional unit of its result (as in US textbooks)? Up to two.",
-    "high_points_to": "Laboratory test {subject}: which conditions does a high or positive result classically point to? "
+    "high_points_to": "Laboratory test {subject}: which conditions does a high (positive) result classically point to? "
     + MOST,
     "low_points_to": f"Laboratory test {{subject}}: which conditions does a low result classically point to? {MOST}",
     "origin": "Laboratory test {subject}: where does the substance come from (organ, cell, precursor or source)? "
@@ -50,7 +52,8 @@ SAME_WORDS = {
     "monitoring": "follow", "following": "follow", "diagnosing": "diagnosis", "detecting": "detection",
     "screening": "screen", "assessing": "assessment", "evaluating": "assessment", "blood": "blood", "tumour": "tumor",
     "anaemia": "anemia", "leukaemia": "leukemia", "oesophageal": "esophageal", "sec": "s", "seconds": "s",
-    "second": "s", "percent": "%", "venous": "", "level": "", "levels": "", "test": "", "acute": "", "high": "", "sample": "",
+    "second": "s", "percent": "%", "venous": "", "level": "", "levels": "", "test": "",
+    "acute": "", "high": "", "sample": "",
 }  # fmt: skip
 
 
@@ -125,7 +128,11 @@ def compare(answers: Path, same: Path | None, drop: bool) -> None:
                 json.dumps({"id": name, "ours": row["value"], "unit": row["unit"], "theirs": found}, ensure_ascii=False)
             )
     print(f"{len(kept)} facts agree, {len(dropped)} do not", file=sys.stderr)
+    counts = Counter(row["subject"] for row in kept)
+    poor = sorted(subject for subject, count in counts.items() if count < 5)
+    print(f"fewer than 5 facts left: {', '.join(poor) or 'none'}", file=sys.stderr)
     if drop:
+        kept = [row for row in kept if counts[row["subject"]] >= 5]
         write_jsonl(KNOWLEDGE, kept)
 
 
