@@ -20,7 +20,7 @@ STEPS = 65535
 
 
 @cache
-def _nearest(device: torch.device) -> Tensor:
+def step_codes(device: torch.device) -> Tensor:
     """The code for each of the 65,536 steps from -1 to 1.  -> (65536,) uint8"""
     bounds, order = decision_bounds(codebook("dynamic8"))
     steps = torch.arange(STEPS + 1, dtype=torch.float64) * 2 / STEPS - 1
@@ -38,7 +38,7 @@ def quantize_scales(absmax: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
     nested = blocks.abs().amax(dim=1)
     scaled = (blocks / torch.where(nested == 0, 1.0, nested)[:, None]).view(-1)[: absmax.numel()]
     step = ((scaled + 1) * (STEPS / 2) + 0.5).int()
-    return _nearest(absmax.device).index_select(0, step), nested, offset
+    return step_codes(absmax.device).index_select(0, step), nested, offset
 
 
 def dequantize_scales(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ No dense copy is kept between layers or between forward and backward: Q is decod
 share, so a frozen weight costs its 4 bits and the largest layer once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,43 @@ def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, dense(q, x.dtype), bias)
 
 
+class _Kept:
+    """Decoded weights, kept from first use on while they fit into the budget."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.left = budget_bytes
+        self.weights: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def weight(self, layer: "QuantizedLinear", dtype: torch.dtype) -> Tensor | None:
+        key = (id(layer), dtype)
+        if key not in self.weights:
+            q = layer.quantized
+            if (size := q.numel * dtype.itemsize) > self.left:
+                return None
+            self.left -= size
+            self.weights[key] = q.dequantize(dtype)
+        return self.weights[key]
+
+
+@contextmanager
+def decoded(model: nn.Module, budget_bytes: int = 2**30) -> Iterator[None]:
+    """Inside the block each quantized layer decodes its weight once and keeps it, within `budget_bytes` in all.
+
+    For generation, which reads every weight once a token. It acts only where no gradient is taken, and gives the same
+    values as without. Layers that no longer fit decode as before; all copies are dropped at the end of the block.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    before = [layer._kept for layer in layers]
+    kept = _Kept(budget_bytes)
+    for layer, old in zip(layers, before):
+        layer._kept = old or kept
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before):
+            layer._kept = old
+
+
 class QuantizedLinear(nn.Module):
     """nn.Linear over a quantized (O, I) weight. Its parts are frozen Parameters, named as in QuantizedTensor."""
 
@@ -60,6 +98,7 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", bias)
         self._layout = (q.format, q.shape, q.dtype, q.block_size)
         self._part_names = tuple(q.parts())
+        self._kept: _Kept | None = None  # see `decoded`
         self._made: QuantizedTensor | None = None
         self._made_from: list[nn.Parameter | None] = []
 
@@ -73,6 +112,9 @@ class QuantizedLinear(nn.Module):
         return self._made
 
     def forward(self, x: Tensor) -> Tensor:
+        kept = self._kept
+        if kept is not None and not torch.is_grad_enabled() and (weight := kept.weight(self, x.dtype)) is not None:
+            return F.linear(x, weight, self._parameters["bias"])
         return linear(x, self.quantized, self._parameters["bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
@@ -126,7 +168,7 @@ class QuantizedLinear(nn.Module):
         return q.format, q.shape, q.block_size, q.double_quant
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_made": None, "_made_from": []}  # a copy makes its own
+        return self.__dict__ | {"_made": None, "_made_from": [], "_kept": None}  # a copy makes its own
 
     def extra_repr(self) -> str:
         format, _, dtype, block_size = self._layout
