@@ -1,11 +1,13 @@
 """The generator: what the splits promise, for the bundled domain and for one of another field."""
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from lowrank.data.falsehoods import contradicts, interval, invented_names
 from lowrank.data.general import GeneralItem, read_general
 from lowrank.data.knowledge import normal, read_knowledge
 from lowrank.data.leaks import SIMILARITY, leaks
@@ -16,12 +18,9 @@ from lowrank.data.questions import (
     Sizes,
     build,
     bundled,
-    contradicts,
     domain,
-    interval,
-    invented_names,
 )
-from lowrank.data.records import record_from_json
+from lowrank.data.records import read_records, record_from_json
 from lowrank.data.templates import capital, fill, read_templates, uncapital
 from lowrank.errors import FileFormatError
 
@@ -200,6 +199,13 @@ def test_records_survive_the_way_through_a_file(questions) -> None:
         assert record_from_json(_json(record), "here") == record
 
 
+def test_the_parts_are_written_as_files(questions, tmp_path) -> None:
+    questions.write(tmp_path / "set")
+    assert read_records(tmp_path / "set" / "train.jsonl") == questions.train
+    assert read_records(tmp_path / "set" / "test" / "trap_unseen.jsonl") == questions.test["trap_unseen"]
+    assert {path.stem for path in (tmp_path / "set" / "validation").iterdir()} == set(TEST_PARTS)
+
+
 def test_sizes_are_parameters(quick) -> None:
     small = quick.build(
         plain_per_fact=2, traps_per_fact=1, confirms_per_fact=1, trapped_share=0.25, held_unanswerable=10
@@ -293,7 +299,7 @@ def test_another_field_goes_through_the_same_functions() -> None:
     kinds = Counter(record.kind for record in questions.train)
     assert kinds["qa"] == 3 * len(knowledge)
     assert kinds["trap"] and kinds["confirm"] and kinds["unanswerable"]
-    for name in invented_names(knowledge, templates, __import__("random").Random(0)):
+    for name in invented_names(knowledge, templates, random.Random(0)):
         assert name not in knowledge
     for part in questions.test.values():
         assert [str(leak) for leak in leaks(questions.train, part, templates)] == []

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.questions import interval
+from lowrank.data.falsehoods import interval
 from lowrank.data.units import same_unit
 from lowrank.files import read_jsonl, write_jsonl
 
