@@ -19,6 +19,7 @@ from lowrank.evaluation.values import (
     parse_unit,
     phrase_pattern,
     quantities,
+    stem_of,
 )
 from lowrank.evaluation.wording import (
     ABSTAINS,
@@ -88,6 +89,16 @@ class Verdict:
 @lru_cache(maxsize=32768)
 def _compiled(phrase: str) -> re.Pattern[str]:
     return re.compile(phrase_pattern(phrase))
+
+
+@lru_cache(maxsize=32768)
+def _longest(phrase: str) -> str:
+    """The longest word, as every match has it: a quick way to rule a phrase out."""
+    return stem_of(max(re.findall(r"[\w.%^]+", normalise(phrase)), key=len, default=""))
+
+
+def _occurs(phrase: str, text: str) -> bool:
+    return _longest(phrase) in text and _compiled(phrase).search(text) is not None
 
 
 class Judge:
@@ -196,11 +207,17 @@ class _Reading:
                 vocabulary[false] = "premise"
             if known_quantity(value, str(self.target.get("unit", ""))) is None:
                 vocabulary |= dict.fromkeys([value, *re.split(r"\s+or\s+", value)], "true")
-        names = {name: "name" if self.judge.names[name] == self.subject else "other name" for name in self.judge.names}
-        vocabulary = {**names, **({self.subject: "name"} if self.subject else {}), **vocabulary}
+        own = [name for name, subject in self.judge.names.items() if subject == self.subject] or [self.subject]
+        vocabulary = {  # rule 3: "high ammonia" is no value where ammonia is asked about
+            phrase: kind
+            for phrase, kind in vocabulary.items()
+            if kind in ("true", "premise") or not any(name and _occurs(name, normalise(phrase)) for name in own)
+        }
+        names = {**dict.fromkeys(self.judge.names, "other name"), **dict.fromkeys(filter(None, own), "name")}
+        vocabulary = {**names, **vocabulary}
         taken: list[Mention] = []
         for phrase in sorted(vocabulary, key=len, reverse=True):
-            for match in _compiled(phrase).finditer(self.text):
+            for match in _compiled(phrase).finditer(self.text) if _longest(phrase) in self.text else ():
                 inside = any(
                     q.start < match.start() and match.end() <= q.end for q in self.quantities
                 )  # a unit, a month

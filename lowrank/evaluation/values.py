@@ -50,14 +50,17 @@ def normalise(text: str) -> str:
     return SPELLED_UNIT.sub(lambda m: _short_unit(m[1], m[2]) or m[0], text)
 
 
+def stem_of(word: str) -> str:
+    """A word without its plural s."""
+    return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "sui" else word
+
+
 def phrase_pattern(phrase: str) -> str:
     """A regex for a phrase in a normalised text: articles, hyphens and a plural s make no difference."""
-    words = [w for w in re.findall(r"[\w.%^/<>=+]+", normalise(phrase)) if w not in ("a", "an", "the")]
-    parts = []
-    for word in words:
-        stem = word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "sui" else word
-        parts.append(re.escape(stem) + ("(?:e?s)?" if word.isalpha() else ""))
-    joined = r"[\s,-]+(?:(?:a|an|the)\s+)?".join(parts)
+    phrase = re.sub(r"\b(?:a|an|the|An?(?= )(?<!\w A)|The)\s+(?=\w)", "", phrase)  # not hepatitis A, lipoprotein(a)
+    words = re.findall(r"[\w.%^/<>=+]+", normalise(phrase))
+    parts = [re.escape(stem_of(word)) + ("(?:e?s)?" if word.isalpha() and len(word) > 2 else "") for word in words]
+    joined = r"[\s,()-]+(?:(?:a|an|the)\s+)?".join(parts)
     return rf"(?<![\w]){joined}(?![\w])" if parts else r"(?!)"
 
 
