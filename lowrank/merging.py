@@ -6,15 +6,20 @@ Rounding to the stored form loses part of the update U = W' - W. The report give
 
     survival = 1 - |stored - W'| / |U|     (Frobenius norms; 1 where nothing is lost, 0 or less where nothing is left)
 
-A 4-bit grid is far coarser than most updates, so merging into NF4 is refused below MIN_SURVIVAL unless forced.
+A 4-bit grid is far coarser than most updates, so merging into NF4 is refused below MIN_SURVIVAL unless forced. On an
+NF4 base the better of two roundings is taken: with new scales, or with the base's own. With calibration text the codes
+are chosen for the layer's output instead (`rounding.py`), and survival is measured there:
+
+    survival = 1 - |X (stored - W')ᵀ| / |X Uᵀ|      X: the layer's inputs on that text
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.active import Choice, as_weights
+from lowrank.active import Choice, acting, as_weights
 from lowrank.adapter import (
     AdaptedLinear,
     Adapter,
@@ -30,6 +35,7 @@ from lowrank.errors import unknown
 from lowrank.methods.trained_copy import TrainedCopy
 from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.tensor import QuantizedTensor
+from lowrank.rounding import collect, compensated, on_scales_of, output_survival
 
 MIN_SURVIVAL = 0.5
 
@@ -40,6 +46,14 @@ class MergeReport:
 
     to: str
     survival: dict[str, float]
+    dense: dict[str, float] = field(default_factory=dict)
+    """The same share in the layer's dense dtype, whatever was stored."""
+    nf4: dict[str, float] = field(default_factory=dict)
+    """The same share after plain rounding to NF4, whatever was stored."""
+    nearest: dict[str, float] = field(default_factory=dict)
+    """With calibration: the share in the output that plain rounding would keep; `survival` has the compensated one."""
+    logit_change: float | None = None
+    """On the given text: |logits merged - logits with the adapter| / |logits with the adapter - logits of the base|."""
 
     @property
     def lowest(self) -> tuple[str, float]:
@@ -47,19 +61,48 @@ class MergeReport:
 
     @property
     def mean(self) -> float:
-        return sum(self.survival.values()) / max(len(self.survival), 1)
+        return _mean(self.survival)
 
     def __str__(self) -> str:
         path, share = self.lowest
-        return f"merged to {self.to}: {self.mean:.1%} of the update survives on average, {share:.1%} at least ({path})"
+        text = f"merged to {self.to}: {self.mean:.1%} of the update survives on average, {share:.1%} at least ({path})"
+        if self.nearest:
+            text += f"; plain rounding would keep {_mean(self.nearest):.1%} of it in the layers' output"
+        elif self.nf4 and self.dense:
+            text += f" (dense {_mean(self.dense):.1%}, nf4 {_mean(self.nf4):.1%})"
+        if self.logit_change is not None:
+            text += f"; logits are off by {self.logit_change:.1%} of what the adapter changes"
+        return text
 
 
-def merge(model: nn.Module, name: Choice = "default", to: str = "dense", force: bool = False) -> MergeReport:
+def _mean(shares: Mapping[str, float]) -> float:
+    return sum(shares.values()) / max(len(shares), 1)
+
+
+@dataclass
+class _Merged:
+    layer: nn.Module
+    survival: float
+    dense: float
+    nf4: float | None
+    nearest: float | None
+
+
+def merge(
+    model: nn.Module,
+    name: Choice = "default",
+    to: str = "dense",
+    force: bool = False,
+    *,
+    calibration: Tensor | Sequence[Tensor] | None = None,
+    text: Tensor | None = None,
+) -> MergeReport:
     """Put adapters into the weights, in place; `unmerge` brings the old layers back bit for bit.
 
     `name` is what `activate` takes. `to="dense"` stores the layer's own dtype (a quantized base becomes dense, in the
-    dtype that it was quantized from); `to="nf4"` quantizes again. Raises ValueError where less than half of the update
-    would survive in some layer, unless `force`; the model is then as it was.
+    dtype that it was quantized from); `to="nf4"` quantizes again. `calibration`, batches of token ids (B, T), rounds to
+    NF4 for the layers' outputs on that text; `text`, ids too, measures the change of the logits. Raises ValueError
+    where less than half of the update would survive in some layer, unless `force`; the model is then as it was.
     """
     if to not in ("dense", "nf4"):
         raise unknown("merge target", to, ("dense", "nf4"))
@@ -68,28 +111,40 @@ def merge(model: nn.Module, name: Choice = "default", to: str = "dense", force: 
         raise ValueError("merge needs at least one adapter, got none")
     require_adapter(model, [n for n, _ in weights])
     require_unmerged(model, "merging again")
-    layers = [(path, layer) for path, layer in adapted_layers(model) if layer.acting(weights)]
-    for path, layer in layers:
+    layers = {path: layer for path, layer in adapted_layers(model) if layer.acting(weights)}
+    for path, layer in layers.items():
         for _, adapter, _ in layer.acting(weights):
             if not adapter.mergeable:
                 raise ValueError(
                     f"{path}: method {adapter.method!r} cannot be merged into a weight; keep it as an adapter"
                 )
-    merged: dict[str, nn.Module] = {}
-    survival: dict[str, float] = {}
-    for path, layer in layers:
-        merged[path], survival[path] = _merged_layer(layer, layer.acting(weights), to)
-    report = MergeReport(to, survival)
+    grams: dict[str, Tensor] = {}
+    if calibration is not None and to == "nf4":
+        quantizable = {path: layer for path, layer in layers.items() if _goes_to_nf4(layer)}
+        with acting(model, name):
+            grams = collect(model, quantizable, [calibration] if isinstance(calibration, Tensor) else list(calibration))
+    logits = None if text is None else _logits(model, name, text)
+    merged = {path: _merged_layer(layer, layer.acting(weights), to, grams.get(path)) for path, layer in layers.items()}
+    report = MergeReport(
+        to,
+        {path: m.survival for path, m in merged.items()},
+        {path: m.dense for path, m in merged.items()},
+        {path: m.nf4 for path, m in merged.items() if m.nf4 is not None},
+        {path: m.nearest for path, m in merged.items() if m.nearest is not None},
+    )
     path, share = report.lowest
     if to == "nf4" and share < MIN_SURVIVAL and not force:
         raise ValueError(
             f"merging into nf4 would keep {share:.1%} of the update in {path} ({report.mean:.1%} on average), below"
-            f" {MIN_SURVIVAL:.0%}: merge to='dense', keep the adapter beside the base, or pass force=True"
+            f" {MIN_SURVIVAL:.0%}: merge to='dense', keep the adapter beside the base, round for the output with"
+            " calibration=ids, or pass force=True"
         )
-    for path, layer in layers:
+    for path, layer in layers.items():
         layer.unmerged = (layer.base,)
-        layer.base = merged[path]
+        layer.base = merged[path].layer
     carried(model).merged = True
+    if logits is not None and text is not None:
+        report = replace(report, logit_change=_change(model, text, *logits))
     return report
 
 
@@ -105,13 +160,34 @@ def unmerge(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def _logits(model: nn.Module, name: Choice, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the adapted model and of the base."""
+    outputs = []
+    for choice in (name, None):
+        with acting(model, choice):
+            outputs.append(_tensor(model(text)))
+    return outputs[0], outputs[1]
+
+
+@torch.no_grad()
+def _change(model: nn.Module, text: Tensor, adapted: Tensor, base: Tensor) -> float:
+    effect = (adapted - base).norm()
+    return float((_tensor(model(text)) - adapted).norm() / effect) if effect > 0 else 0.0
+
+
+def _tensor(output: object) -> Tensor:
+    logits = output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
+    return logits.float()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
 def merged_weight(
     layer: AdaptedLinear, acting: list[tuple[str, Adapter, float]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(W, W', bias') in fp32, by the equation above.  (O, I), (O, I), (O,)"""
     copied = isinstance(acting[0][1], TrainedCopy) and not stores_transposed(layer.base)
     stored = layer.weight.detach() if copied else dense_weight(layer.base)  # a norm's weight is no linear layer's
-    base_weight = stored.float()  # type: ignore[union-attr, operator]
+    base_weight = stored.float()
     bias = getattr(layer.base, "bias", None)
     base_bias = None if bias is None else bias.detach().float()
     weight, new_bias = base_weight.clone(), None if base_bias is None else base_bias.clone()
@@ -124,31 +200,58 @@ def merged_weight(
     return base_weight, weight, new_bias
 
 
-def _merged_layer(layer: AdaptedLinear, acting: list[tuple[str, Adapter, float]], to: str) -> tuple[nn.Module, float]:
+def _goes_to_nf4(layer: AdaptedLinear) -> bool:
+    return isinstance(layer.base, nn.Linear | QuantizedLinear) and not any(
+        isinstance(adapter, TrainedCopy) for adapter in layer.adapters.values()
+    )
+
+
+@torch.no_grad()
+def _merged_layer(
+    layer: AdaptedLinear, acting: list[tuple[str, Adapter, float]], to: str, gram: Tensor | None
+) -> _Merged:
     before, weight, bias = merged_weight(layer, acting)
     base = layer.base
-    if to == "nf4" and isinstance(base, QuantizedLinear):
-        old = base.quantized
-        q = QuantizedTensor.quantize(weight.to(old.dtype), "nf4", old.block_size, double_quant=old.double_quant)
-        new: nn.Module = QuantizedLinear(
-            q, None if bias is None else bias.to(base.bias.dtype if base.bias is not None else old.dtype)
-        )
-        stored = q.dequantize(torch.float32)
-    elif isinstance(base, QuantizedLinear):
-        new, stored = _dense_linear(weight.to(base.quantized.dtype), bias)
-    else:
-        dtype = base.weight.dtype
-        stored = weight.to(dtype)  # type: ignore[arg-type]
-        new = with_weight(base, stored, None if bias is None else bias.to(dtype))  # type: ignore[arg-type]
-        stored = stored.float()
+    quantized = base.quantized if isinstance(base, QuantizedLinear) else None
+    dtype = layer.weight.dtype if quantized is None else quantized.dtype
+    bias_dtype = dtype if getattr(base, "bias", None) is None else base.bias.dtype  # type: ignore[union-attr]
+    bias = None if bias is None else bias.to(bias_dtype)  # type: ignore[arg-type]
     update = (weight - before).norm()
-    lost = (stored - weight).norm()
-    return new, 1.0 if update == 0 else float(1 - lost / update)
+
+    def survival(stored: Tensor) -> float:
+        return 1.0 if update == 0 else float(1 - (stored.float() - weight).norm() / update)
+
+    rounded = weight.to(dtype)
+    dense, nf4, plain = survival(rounded), None, []
+    if _goes_to_nf4(layer):
+        block_size, double = (quantized.block_size, quantized.double_quant) if quantized else (64, False)
+        fresh = QuantizedTensor.quantize(weight, "nf4", block_size, double_quant=double)
+        plain = [replace(fresh, dtype=torch.float32 if dtype == torch.float64 else dtype)]
+        if quantized is not None and quantized.format == "nf4":  # new scales would move every weight, changed or not
+            plain.append(on_scales_of(quantized, weight))
+        nf4, q = _best(plain, survival)
+    if to == "nf4" and nf4 is not None:
+        if gram is None:
+            return _Merged(QuantizedLinear(q, bias), nf4, dense, nf4, None)
+
+        def in_output(stored: Tensor) -> float:
+            return output_survival(stored, weight, before, gram)
+
+        nearest, _ = _best(plain, in_output)
+        kept, q = _best([*plain, *(compensated(weight, p, gram) for p in plain)], in_output)
+        return _Merged(QuantizedLinear(q, bias), kept, dense, nf4, nearest)
+    new = with_weight(base, rounded, bias) if quantized is None else _dense_linear(rounded, bias)
+    return _Merged(new, dense, dense, nf4, None)
 
 
-def _dense_linear(weight: Tensor, bias: Tensor | None) -> tuple[nn.Linear, Tensor]:
+def _best(candidates: list[QuantizedTensor], kept: Callable[[Tensor], float]) -> tuple[float, QuantizedTensor]:
+    scored = [(kept(q.dequantize(torch.float32)), q) for q in candidates]
+    return max(scored, key=lambda item: item[0])
+
+
+def _dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    return linear, weight.float()
+    return linear
