@@ -248,7 +248,8 @@ class _Writer:
         )
         rng.shuffle(units)
         swapped = [(fact.value, unit, "unit") for unit in units[: max(1, len(wrong))]]
-        mixed = [item for pair in zip(wrong, swapped) for item in pair]
+        pairs = zip(wrong, swapped) if rng.random() < 0.5 else zip(swapped, wrong)
+        mixed = [item for pair in pairs for item in pair]
         return mixed + wrong[len(swapped) :] + swapped[len(wrong) :]
 
     def unanswerable(self, split: str, names: Sequence[str], count: int) -> list[Record]:

@@ -122,8 +122,9 @@ def test_unseen_forms_are_unseen(questions) -> None:
     assert {r.task for r in questions.test["trap"]} <= trained
 
 
-def test_the_five_kinds_of_trap_are_trained_and_tested() -> None:
-    questions = bundled("labtests").build(plain_per_fact=1)
+@pytest.mark.parametrize("name", ["labtests-quick", "labtests"])
+def test_the_five_kinds_of_trap_are_trained_and_tested(name: str) -> None:
+    questions = bundled(name).build(plain_per_fact=1)
     kinds = {"value", "unit", "specimen", "cause", "source"}
     assert {r.facts[0]["trap"] for r in questions.train if r.kind == "trap"} == kinds
     assert {r.facts[0]["trap"] for r in questions.test["trap_unseen"]} == kinds
