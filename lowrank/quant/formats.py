@@ -54,9 +54,9 @@ def parse_format(name: str) -> tuple[str, bool]:
     return name.removesuffix("-dq"), name.endswith("-dq")
 
 
-def check_block_size(block_size: object) -> None:
+def check_block_size(block_size: object, where: str = "") -> None:
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        raise ValueError(f"unknown block size {block_size!r}; known: {', '.join(map(str, BLOCK_SIZES))}")
+        raise ValueError(f"unknown block size {block_size!r}{where}; known: {', '.join(map(str, BLOCK_SIZES))}")
 
 
 def check_finite(w: Tensor, scales: Tensor, zeros: Tensor | None, name: str) -> None:

@@ -6,7 +6,6 @@ int4, int4-affine, int8    W.codes · W.scales · W.zeros · W.meta (JSON: forma
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +86,7 @@ def _read_bitsandbytes(state: Mapping[str, Tensor], prefix: str) -> dict[str, An
         if _get(meta, key, "nested_blocksize") != NESTED_BLOCK:
             raise ValueError(f"{key} says nested_blocksize {meta['nested_blocksize']!r}; known: {NESTED_BLOCK}")
         value = _get(meta, key, "nested_offset")
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > torch.finfo(torch.float32).max:
+        if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float32).max:  # NaN too
             raise ValueError(f"{key} says nested_offset {value!r}, which is no finite fp32 number")
         nested, offset = (
             _scales(state, f"{prefix}.nested_absmax"),

@@ -157,7 +157,7 @@ def check_parts(
     if format not in FORMATS:
         raise unknown("quantization format", format, FORMATS)
     spec = FORMATS[format]
-    check_block_size(block_size)
+    check_block_size(block_size, f" for {name}")
     if not all(type(n) is int and 0 <= n <= MAX_NUMEL for n in shape) or math.prod(shape) > MAX_NUMEL:
         raise ValueError(f"{name}: shape {shape} is not a list of sizes whose product is at most 2^48")
     if dtype not in DTYPES.values():

@@ -225,7 +225,8 @@ def test_values_rise_with_the_weights_in_each_block(count: int) -> None:
     def holds(case: Case, dtype: torch.dtype) -> None:
         w, got = case.weight().float(), in_domain(case).dequantize(dtype).float()
         for block, values in zip(w.split(case.block_size), got.split(case.block_size)):
-            assert (values[block.argsort(stable=True)].diff() >= 0).all()
+            rising = values[block.argsort(stable=True)]
+            assert (rising[1:] >= rising[:-1]).all()  # fp16 may overflow to infinity
 
     for_all(
         count,
