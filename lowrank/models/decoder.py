@@ -69,7 +69,9 @@ class Conv1D(nn.Module):
 class KVCache:
     """Keys and values of every layer, allocated once for `capacity` tokens.  L x 2 x (B, Hkv, S, K)"""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (batch, config.n_kv_heads, capacity, config.head_dim)
         self.layers = [[torch.empty(shape, dtype=dtype, device=device) for _ in "kv"] for _ in range(config.n_layers)]
         self.length = 0

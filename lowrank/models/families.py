@@ -107,6 +107,8 @@ class Family:
     """What the family means where its configuration is silent (common spelling)."""
     windows: str = "none"
     """Which layers have the window where `layer_types` does not say: none, all, even, pattern, upper."""
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the family's config.json that have one value here: another one is refused."""
     norm: str = "rms"
     """rms, rms+1 (the weight is stored minus one) or layer."""
     embed_scale: bool = False
@@ -231,6 +233,11 @@ FAMILIES: dict[str, Family] = {
                 "activation_function": "hidden_act",
             },
             defaults={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_new"},
+            requires={
+                "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False,
+                "add_cross_attention": False,
+            },
         ),
         Family(
             "chatglm",
@@ -246,9 +253,15 @@ FAMILIES: dict[str, Family] = {
                 "layernorm_epsilon": "rms_norm_eps",
                 "seq_length": "max_position_embeddings",
                 "add_qkv_bias": "qkv_bias",
-                "add_bias_linear": "mlp_bias",
             },
             defaults={"partial_rotary_factor": 0.5, "rope_theta": 10000.0},
+            requires={
+                "rmsnorm": True,
+                "post_layer_norm": True,
+                "multi_query_attention": True,
+                "add_bias_linear": False,
+                "apply_residual_connection_post_layernorm": False,
+            },
         ),
     )
 }
@@ -283,6 +296,10 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
     for key, what in _REFUSED.items():
         if raw.get(key):
             raise ConfigError(f"{where} describes {what} ({key}), which is not implemented; use a dense text model")
+    method = raw.get("quantization_config")
+    if method:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise ConfigError(f"{where}: the weights are quantized with {name!r}, which is not read; use the original checkpoint")
     model_type = raw.get("model_type")
     known = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
     if model_type not in known:
@@ -331,6 +348,9 @@ class _Reader:
 
 
 def _read(family: Family, raw: Mapping[str, Any], where: str) -> ModelConfig:
+    for key, wanted in family.requires.items():
+        if raw.get(key, wanted) != wanted:
+            raise ConfigError(f"{where}: {key} = {raw[key]!r} is not implemented for {family.name}, only {wanted!r}")
     values = {**family.defaults, **{family.keys.get(k, k): v for k, v in raw.items()}}
     read = _Reader(values, where)
     dim, n_heads = read.integer("hidden_size"), read.integer("num_attention_heads", most=1 << 14)
@@ -433,7 +453,7 @@ def _ropes(
         inner = _Reader({**values, "rope_theta": values.get("rope_theta") if theta is None else theta}, read.where)
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} if kind != "default" else {}
         return Rope(
-            theta=inner.number("rope_theta", 10000.0),
+            theta=inner.number("rope_theta", 10000.0) * inner.number("rope_ratio", 1.0),  # ChatGLM's long variant
             kind=kind,
             dim=int(head_dim * fraction) // 2 * 2,
             interleaved=family.rope_interleaved,

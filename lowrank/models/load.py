@@ -16,8 +16,8 @@ from lowrank.models.checkpoint import Checkpoint, base_hash, open_checkpoint
 from lowrank.models.decoder import Conv1D, Decoder
 from lowrank.models.fetch import quickstart
 from lowrank.models.tokenizer import Tokenizer, tokenizer_of
-from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.formats import parse_format
+from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.tensor import QuantizedTensor
 
 

@@ -1,0 +1,104 @@
+"""Tokenizers against the libraries that own the formats."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowrank.errors import FileFormatError
+from lowrank.models.gguf import GGUF
+from lowrank.models.tokenizer import gguf_tokenizer, load_tokenizer
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "tokenizer"
+
+
+def cases(name: str) -> list[dict]:
+    return json.loads((FIXTURES / f"{name}_cases.json").read_text(encoding="utf-8"))["cases"]
+
+
+def test_smollm2_from_gguf_metadata_with_single_digits(smollm2_file: Path) -> None:
+    tokenizer = load_tokenizer(smollm2_file)
+    for case in cases("smollm2"):
+        assert tokenizer.encode(case["text"], parse_special=True) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"], skip_special=False) == case["text"]
+
+
+def test_sentencepiece_model() -> None:
+    tokenizer = load_tokenizer(FIXTURES / "test_model.model")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
+    for case in cases("sp_test"):
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case["decoded"]
+    assert tokenizer.encode("Hello", add_special=True)[0] == 1
+    assert tokenizer.encode("Hello</s>", parse_special=True) == [*tokenizer.encode("Hello"), 2]
+    assert 2 not in tokenizer.encode("Hello</s>")
+
+
+def test_tokenizer_json_with_settings(smollm2_file: Path, tmp_path: Path) -> None:
+    """The same vocabulary written as tokenizer.json, with truncation and padding on, which must be ignored."""
+    built = load_tokenizer(smollm2_file)
+    raw = json.loads(built.vocabulary.inner.to_str())
+    raw["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    settings = {
+        "eos_token": "<|im_end|>",
+        "bos_token": {"content": "<|im_start|>"},
+        "pad_token": "<|endoftext|>",
+        "chat_template": [{"name": "default", "template": "{{ messages[0]['content'] }}{{ eos_token }}"}],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_ids) == (1, 2, 0, {0, 2})
+    text = "In 2024 the law of 1789 was 3,14 times longer."
+    assert tokenizer.encode(text) == built.encode(text) and len(tokenizer.encode(text)) > 4
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}]) == "a<|im_end|>"
+
+
+def test_same_hash_for_the_same_rules_only(smollm2_file: Path) -> None:
+    metadata = GGUF(smollm2_file).metadata
+    built = gguf_tokenizer(metadata, "a")
+    assert built is not None and built.hash == load_tokenizer(smollm2_file).hash
+    other = gguf_tokenizer({**metadata, "tokenizer.ggml.pre": "gpt-2"}, "a")
+    assert other is not None and other.hash != built.hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.pre": "smolm"}, "did you mean 'smollm'"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.json or tokenizer.model"),
+        ({"tokenizer.ggml.tokens": "abc"}, "list of strings"),
+        ({"tokenizer.ggml.token_type": [1]}, "1 token types for 4 tokens"),
+        ({"tokenizer.ggml.merges": ["ab"]}, "two tokens with a space"),
+        ({"tokenizer.ggml.merges": ["a z"]}, "do not fit together"),
+        ({"tokenizer.ggml.eos_token_id": 99}, "eos_token_id is 99"),
+    ],
+)
+def test_bad_metadata_says_what_is_wrong(changes: dict, message: str) -> None:
+    good = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "<e>"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 3,
+    }
+    tokenizer = gguf_tokenizer(good, "x.gguf")
+    assert tokenizer is not None and tokenizer.encode("ab<e>", parse_special=True) == [2, 3]
+    with pytest.raises((FileFormatError, ValueError), match=message):
+        gguf_tokenizer({**good, **changes}, "x.gguf")
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", b"{"), ("tokenizer.json", b"{}"), ("tokenizer.model", b"\x00x")])
+def test_damaged_tokenizer_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileFormatError, match=name):
+        load_tokenizer(tmp_path)
+
+
+def test_no_tokenizer_and_no_template(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"wanted tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="with_template"):
+        load_tokenizer(FIXTURES / "test_model.model").apply_chat_template([{"role": "user", "content": "a"}])
