@@ -74,15 +74,20 @@ class KVCache:
     ) -> None:
         shape = (batch, config.n_kv_heads, capacity, config.head_dim)
         self.layers = [[torch.empty(shape, dtype=dtype, device=device) for _ in "kv"] for _ in range(config.n_layers)]
-        self.length = 0
+        self.stored = self.virtual = 0  # tokens, and how many of them are virtual (prompt tuning)
+
+    @property
+    def length(self) -> int:
+        """Real tokens that are stored."""
+        return self.stored - self.virtual
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, Hkv, T, K) behind what is there; `length` moves on when the whole forward is done."""
-        held, end = self.layers[layer], self.length + new[0].shape[2]
+        """Store k and v (B, Hkv, T, K) behind what is there; `stored` moves on when the whole forward is done."""
+        held, end = self.layers[layer], self.stored + new[0].shape[2]
         for i, kv in enumerate(new):
             if end > held[i].shape[2]:  # virtual tokens that the caller did not count
                 held[i] = F.pad(held[i], (0, 0, 0, end))
-            held[i][:, :, self.length : end] = kv
+            held[i][:, :, self.stored : end] = kv
         return held[0][:, :, :end], held[1][:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
@@ -387,8 +392,8 @@ class Decoder(nn.Module):
         token_type_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T) -> logits (B, T, V)"""
-        return self.head(self.hidden(input_ids, attention_mask, position_ids, cache))
+        """(B, T) -> logits (B, T, V); (B, P + T, V) where prompt tuning puts P virtual tokens before the others."""
+        return self.head(self.states(input_ids, attention_mask, position_ids, cache))
 
     def hidden(
         self,
@@ -397,7 +402,18 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, D) after the final norm. With a cache, `attention_mask` is (B, cached + T)."""
+        """(B, T) -> (B, T, D) after the final norm, without virtual tokens. With a cache the mask is (B, cached + T)."""
+        x = self.states(input_ids, attention_mask, position_ids, cache)
+        return x[:, x.shape[1] - input_ids.shape[1] :]
+
+    def states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What `hidden` gives, with the virtual tokens.  (B, T) -> (B, P + T, D)"""
         n, (batch, tokens) = self.family.names, input_ids.shape
         seen = 0 if cache is None else cache.length
         if attention_mask is not None and attention_mask.shape != (batch, seen + tokens):
@@ -426,7 +442,7 @@ class Decoder(nn.Module):
             else:
                 x = block(x, step)
         if cache is not None:
-            cache.length += step.tokens
+            cache.stored += step.tokens
         x = self.get_submodule(n.norm)(x)
         return x if packing is None else packing.unpack(x, tokens)
 
@@ -454,7 +470,7 @@ class Decoder(nn.Module):
         self, x: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache | None, packing: Packing | None
     ) -> Step:
         """What the layers of this forward share.  x: (B, T, D), or (1, N, D) when it is packed"""
-        c, seen = self.config, 0 if cache is None else cache.length
+        c, seen = self.config, 0 if cache is None else cache.stored
         tokens = x.shape[1] if packing is None else packing.width
         # the longest row decides between the short and the long form of a stretched rope
         length = seen + tokens if not _depends_on_length(c) else int(positions.max()) + 1
@@ -483,11 +499,14 @@ def with_virtual(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Make room for P virtual tokens that the embeddings put before the T real ones; once, where there is a cache."""
     P = x.shape[1] - input_ids.shape[1]
-    if cache is not None and cache.length:
+    positions = positions + P
+    if cache is not None and cache.stored:
         x = x[:, P:]
     else:
         virtual = torch.arange(P, device=x.device)[None].expand(positions.shape[0], -1)
-        positions = torch.cat([virtual, positions + P], dim=1)
+        positions = torch.cat([virtual, positions], dim=1)
+        if cache is not None:
+            cache.virtual = P
     if mask is not None:
         mask = torch.cat([mask.new_ones(mask.shape[0], P), mask], dim=1)
     return x, mask, positions

@@ -5,7 +5,7 @@ memory peaks at the final size and the largest tensor.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -135,7 +135,8 @@ def quantized(
     bias: Tensor | None = None
     if layer.bias is not None:
         bias = checkpoint.tensor(f"{path}.bias", dtype).to(device)
-    return QuantizedLinear(QuantizedTensor.quantize(weight, format, double_quant=double), bias)
+    q = QuantizedTensor.quantize(weight, format, double_quant=double)  # rounded from fp32, whatever dtype says
+    return QuantizedLinear(replace(q, dtype=dtype) if dtype in (torch.bfloat16, torch.float16) else q, bias)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
