@@ -23,10 +23,14 @@ from lowrank.evaluation.report import write_report
 from lowrank.evaluation.table import end_table
 from lowrank.evaluation.truth import Row, ask_parts, by_part, compare, subset, summary, verdicts_of
 from lowrank.files import read_json, write_json, write_jsonl
+from lowrank.quant.linear import decoded
+from lowrank.quant.linear import decoded
 from lowrank.training.config import RunConfig, read_config
 from lowrank.training.material import Material, read_material
 from lowrank.training.reopen import reopen, run_config
 from lowrank.training.screen import counting
+
+DECODED_BYTES = 512 * 2**20  # quantized weights are decoded once for all the questions, as far as this goes
 
 
 def measure(
@@ -42,25 +46,26 @@ def measure(
     config = config or EvalConfig()
     result: dict[str, Any] = {"n": {}, "intervals": {}}
     rows: list[Row] = []
-    if "truth" in config.tasks and any(test.values()):
-        parts = by_part(test)
-        with counting(f"questions to {name}", sum(map(len, parts.values()))) as count:
-            answers = ask_parts(
-                model,
-                tokenizer,
-                parts,
-                max_new_tokens=config.max_new_tokens,
-                batch_size=config.batch_size,
-                on_progress=count,
-            )
-        rows = verdicts_of(parts, answers, knowledge)
-        result = summary(rows)
-    if "ppl" in config.tasks and prose:
-        found = perplexity(model, tokenizer, prose)
-        result["perplexity"] = found.value
-        result["n"]["perplexity"] = found.tokens
-        interval = found.interval()
-        result["intervals"]["perplexity"] = None if interval is None else list(interval)
+    with decoded(model, DECODED_BYTES):
+        if "truth" in config.tasks and any(test.values()):
+            parts = by_part(test)
+            with counting(f"questions to {name}", sum(map(len, parts.values()))) as count:
+                answers = ask_parts(
+                    model,
+                    tokenizer,
+                    parts,
+                    max_new_tokens=config.max_new_tokens,
+                    batch_size=config.batch_size,
+                    on_progress=count,
+                )
+            rows = verdicts_of(parts, answers, knowledge)
+            result = summary(rows)
+        if "ppl" in config.tasks and prose:
+            found = perplexity(model, tokenizer, prose)
+            result["perplexity"] = found.value
+            result["n"]["perplexity"] = found.tokens
+            interval = found.interval()
+            result["intervals"]["perplexity"] = None if interval is None else list(interval)
     return result, rows
 
 
@@ -76,9 +81,9 @@ class Measured:
     def __call__(self, column: str, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Measure one model as `column`."""
         m = self.material
-        result, rows = measure(
-            model, tokenizer, self.test, m.knowledge, m.prose, self.config, NAMES.get(column, column)
-        )
+        named = NAMES.get(column, column)
+        with decoded(model, self.config.decoded_mb * 10**6):
+            result, rows = measure(model, tokenizer, self.test, m.knowledge, m.prose, self.config, named)
         self.results[column], self.rows[column] = result, rows
         if self.rows.get("base") and self.rows.get("tuned"):
             self.results["comparison"] = compare(self.rows["base"], self.rows["tuned"])
