@@ -17,6 +17,10 @@ class EvalConfig:
     max_new_tokens: int = 48
     batch_size: int = 32
 
+    decoded_mb: int = 512
+    """Memory (10^6 bytes) for decoded copies of quantized weights while questions are answered: each is decoded once
+    instead of once a token. 0 keeps none."""
+
     delivered: bool = True
     """Also measure the base as delivered, before quantization."""
 
