@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank.evaluation.stats import Interval, bootstrap
 
-CHUNK = 128  # positions whose logits exist at a time: 128 x 49,152 fp32 values are 25 MB
+BLOCK = 128  # positions whose logits exist at a time: 128 x 49,152 fp32 values are 25 MB
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,20 @@ class Perplexity:
     value: float
     tokens: int
     """Tokens scored: those of the text without the first."""
-    windows: tuple[tuple[float, int], ...]
-    """(summed negative log-likelihood, tokens) of each window."""
+    blocks: tuple[tuple[float, int], ...]
+    """(summed negative log-likelihood, tokens) of each stretch of at most BLOCK tokens."""
 
     @property
     def nll(self) -> float:
         """Mean negative log-likelihood of a token, in nats."""
-        return sum(nll for nll, _ in self.windows) / self.tokens
+        return sum(nll for nll, _ in self.blocks) / self.tokens
 
     def interval(self, confidence: float = 0.95, seed: int = 0) -> Interval | None:
-        """A bootstrap interval over the windows."""
-        indices = [float(i) for i in range(len(self.windows))]
+        """A bootstrap interval over the blocks."""
+        indices = [float(i) for i in range(len(self.blocks))]
 
         def value(draw: Any) -> float:
-            chosen = [self.windows[int(i)] for i in draw]
+            chosen = [self.blocks[int(i)] for i in draw]
             return math.exp(sum(nll for nll, _ in chosen) / sum(n for _, n in chosen))
 
         return bootstrap(indices, value, confidence, resamples=1000, seed=seed)
@@ -48,7 +48,7 @@ def perplexity(
     model: nn.Module,
     tokenizer: Any,
     text: str,
-    window: int = 512,
+    window: int = 1024,
     context: int = 128,
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -62,7 +62,7 @@ def perplexity(
 def perplexity_of_ids(
     model: nn.Module,
     ids: list[int],
-    window: int = 512,
+    window: int = 1024,
     context: int = 128,
     on_progress: Callable[[int], None] | None = None,
 ) -> Perplexity:
@@ -73,29 +73,29 @@ def perplexity_of_ids(
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    windows = []
+    blocks: list[tuple[float, int]] = []
     try:
         done = 1  # tokens that are scored already, or never (the first)
         while done < len(ids):
             begin = max(0, done - context)
             end = min(len(ids), begin + window)
             tokens = torch.tensor(ids[begin:end], device=device)
-            windows.append((_nll(model, tokens, done - begin), end - done))
+            blocks += _nll(model, tokens, done - begin)
             done = end
             if on_progress is not None:
                 on_progress(done - 1)
     finally:
         model.train(training)
-    scored = sum(n for _, n in windows)
-    return Perplexity(math.exp(sum(nll for nll, _ in windows) / scored), scored, tuple(windows))
+    scored = sum(n for _, n in blocks)
+    return Perplexity(math.exp(sum(nll for nll, _ in blocks) / scored), scored, tuple(blocks))
 
 
-def _nll(model: Any, ids: Tensor, first: int) -> float:
-    """Summed negative log-likelihood of ids[first:] (T,), given what stands before each."""
-    if not hasattr(model, "hidden"):
-        return F.cross_entropy(model(ids[None])[0, first - 1 : -1].float(), ids[first:], reduction="sum").item()
-    hidden = model.hidden(ids[None])[0, first - 1 : -1]  # (T - first, D): positions that predict ids[first:]
-    total = 0.0
-    for rows, targets in zip(hidden.split(CHUNK), ids[first:].split(CHUNK)):
-        total += F.cross_entropy(model.head(rows).float(), targets, reduction="sum").item()
-    return total
+def _nll(model: Any, ids: Tensor, first: int) -> list[tuple[float, int]]:
+    """Summed negative log-likelihood of ids[first:] (T,), given what stands before each, block by block."""
+    split = hasattr(model, "hidden")
+    states = (model.hidden(ids[None]) if split else model(ids[None]))[0, first - 1 : -1]  # (T - first, D or V)
+    blocks = []
+    for rows, targets in zip(states.split(BLOCK), ids[first:].split(BLOCK)):
+        logits = model.head(rows) if split else rows
+        blocks.append((F.cross_entropy(logits.float(), targets, reduction="sum").item(), len(targets)))
+    return blocks

@@ -70,7 +70,7 @@ def render(page: Page) -> str:
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="muted">{_headline(page)}</p>{_cards(page)}{sections}'
         f"<footer>{notice}<p>Shares with Wilson's 95 % intervals, other figures with a bootstrap over questions or"
-        " windows. How an answer is judged is written in docs/truth.md.</p></footer></main></body></html>\n"
+        " stretches of text. How an answer is judged is written in docs/truth.md.</p></footer></main></body></html>\n"
     )
 
 

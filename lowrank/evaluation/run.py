@@ -24,13 +24,10 @@ from lowrank.evaluation.table import end_table
 from lowrank.evaluation.truth import Row, ask_parts, by_part, compare, subset, summary, verdicts_of
 from lowrank.files import read_json, write_json, write_jsonl
 from lowrank.quant.linear import decoded
-from lowrank.quant.linear import decoded
 from lowrank.training.config import RunConfig, read_config
 from lowrank.training.material import Material, read_material
 from lowrank.training.reopen import reopen, run_config
 from lowrank.training.screen import counting
-
-DECODED_BYTES = 512 * 2**20  # quantized weights are decoded once for all the questions, as far as this goes
 
 
 def measure(
@@ -46,7 +43,7 @@ def measure(
     config = config or EvalConfig()
     result: dict[str, Any] = {"n": {}, "intervals": {}}
     rows: list[Row] = []
-    with decoded(model, DECODED_BYTES):
+    with decoded(model, config.decoded_mb * 10**6):
         if "truth" in config.tasks and any(test.values()):
             parts = by_part(test)
             with counting(f"questions to {name}", sum(map(len, parts.values()))) as count:

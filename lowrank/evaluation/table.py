@@ -3,18 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = {"base": "base, quantized", "tuned": "tuned", "delivered": "base, as delivered"}
+from lowrank.evaluation.answers import CLASSES
+
+COLUMNS = {"base": "quantized base", "tuned": "tuned", "delivered": "base as delivered"}
 ROWS = {
     "paraphrase": "held-out paraphrases",
     "trap": "traps, trained forms",
     "trap_unseen": "traps, unseen forms",
     "true_premise": "true premises confirmed",
-    "abstention": "abstains on unknown names",
-    "false_abstention": "abstains on known facts",
-    "answered": "known facts answered at all",
+    "abstention": "abstains: unknown names",
+    "false_abstention": "abstains: known facts",
+    "answered": "known facts answered",
     "hallucination": "hallucination rate",
     "general": "general questions",
     "exact": "exact match",
@@ -50,7 +53,9 @@ def span(key: str, interval: Sequence[float] | None) -> str:
     if interval is None:
         return ""
     low, high = interval
-    return f"{low:.1f}–{high:.1f}" if key == "perplexity" else f"{100 * low:.0f}–{100 * high:.0f}"
+    if key == "perplexity":
+        return f"{low:.0f}–{high:.0f}" if low >= 10 else f"{low:.1f}–{high:.1f}"
+    return f"{100 * low:.0f}–{100 * high:.0f}"
 
 
 def better(key: str, value: float | None, base: float | None) -> bool | None:
@@ -61,18 +66,21 @@ def better(key: str, value: float | None, base: float | None) -> bool | None:
 
 
 def end_table(results: Mapping[str, Any], title: str = "", names: Mapping[str, str] | None = None) -> Table:
-    """One row a measure, one column a model; n is the number of questions (tokens for the perplexity).
+    """One row a measure, one column a model; n is the number of questions (tokens for the perplexity); then the five
+    shares of the judged answers.
 
-    `names` replaces the columns' headings, for a table of two runs.
+    `names` replaces the columns' headings, for a table of two runs. It fits 80 characters.
     """
     columns = columns_of(results)
     headings = {**COLUMNS, **(names or {})}
-    table = Table(title=title or None, header_style="bold", pad_edge=False)
+    table = Table(title=title or None, header_style="bold", box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
     table.add_column("", no_wrap=True)
     for column in columns:
-        table.add_column(headings.get(column, column), justify="right", no_wrap=True)
-    table.add_column("n", justify="right", style="dim")
-    for key in rows_of(results, columns):
+        table.add_column(headings.get(column, column), justify="right", min_width=14)
+    table.add_column("n", justify="right", style="dim", no_wrap=True)
+    keys = rows_of(results, columns)
+    for key in keys:
         cells = []
         for column in columns:
             result = results[column]
@@ -80,22 +88,22 @@ def end_table(results: Mapping[str, Any], title: str = "", names: Mapping[str, s
             verdict = better(key, value, results["base"].get(key)) if column == "tuned" and "base" in results else None
             style = {True: "bold green", False: "bold red", None: ""}[verdict]
             interval = span(key, (result.get("intervals") or {}).get(key))
-            cells.append(Text.assemble((figure(key, value), style), (f"  {interval}" if interval else "", "dim")))
-        counts = [results[column]["n"].get(key) for column in columns if results[column].get("n", {}).get(key)]
-        table.add_row(ROWS[key], *cells, f"{max(counts):,}" if counts else "")
-    if columns:
-        table.caption = (
-            f"95 % intervals: Wilson for shares, bootstrap for the rest. {_classes(results, columns, headings)}"
-        )
+            cells.append(Text.assemble((figure(key, value), style), (f" {interval}" if interval else "", "dim")))
+        table.add_row(ROWS[key], *cells, _count(results, columns, key), end_section=key == keys[-1])
+    for name in CLASSES:
+        shares = [(results[column].get("classes") or {}).get(name) for column in columns]
+        if any(share is not None for share in shares):
+            table.add_row(
+                f"class: {name.replace('_', ' ')}",
+                *(figure(name, share) for share in shares),
+                _count(results, columns, "hallucination"),
+                style="dim",
+            )
+    if keys:
+        table.caption = "95 % intervals behind the figures: Wilson's for shares, bootstrap for the rest"
     return table
 
 
-def _classes(results: Mapping[str, Any], columns: Sequence[str], headings: Mapping[str, str]) -> str:
-    """ "tuned: 95 % correct, 2 % contradicted, ..." for the columns that have the five shares."""
-    parts = []
-    for column in columns:
-        shares = {name: share for name, share in (results[column].get("classes") or {}).items() if share}
-        if shares:
-            told = ", ".join(f"{100 * share:.0f} % {name.replace('_', ' ')}" for name, share in shares.items())
-            parts.append(f"{headings.get(column, column)}: {told}")
-    return "; ".join(parts)
+def _count(results: Mapping[str, Any], columns: Sequence[str], key: str) -> str:
+    counts = [results[column].get("n", {}).get(key) or 0 for column in columns]
+    return f"{max(counts):,}" if any(counts) else ""

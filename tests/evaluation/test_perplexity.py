@@ -49,7 +49,7 @@ def expected(model: Bigram, ids: list[int]) -> float:
 @pytest.mark.parametrize(("window", "context"), [(512, 128), (64, 16), (10, 1), (7, 6), (301, 1)])
 def test_every_token_is_scored_once(model: Bigram, window: int, context: int) -> None:
     result = perplexity_of_ids(model, IDS, window, context)
-    assert result.tokens == len(IDS) - 1 == sum(n for _, n in result.windows)
+    assert result.tokens == len(IDS) - 1 == sum(n for _, n in result.blocks)
     assert result.value == pytest.approx(expected(model, IDS), rel=1e-5)  # fp32 sums of 300 terms
     assert math.exp(result.nll) == pytest.approx(result.value)
 

@@ -23,8 +23,8 @@ RESULTS = {
 }
 
 
-def text(table: Any) -> str:
-    console = Console(width=160, force_terminal=False)
+def text(table: Any, width: int = 160) -> str:
+    console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get()
@@ -37,10 +37,19 @@ def test_columns_and_rows_are_those_that_were_measured() -> None:
 
 def test_the_table_shows_figures_intervals_and_counts() -> None:
     shown = text(end_table(RESULTS, "labtests"))
-    assert "base, quantized" in shown and "tuned" in shown and "as delivered" not in shown
-    assert "95.0 %  50–75" in shown and "27.50  20.1–30.2" in shown and "5,210" in shown
+    assert "quantized base" in shown and "tuned" in shown and "as delivered" not in shown
+    assert "95.0 % 50–75" in shown and "27.50 20–30" in shown and "5,210" in shown
     assert "–" in next(line for line in shown.splitlines() if "traps, trained" in line)
-    assert "95 % intervals" in shown and "90 % correct, 10 % contradicted" in " ".join(shown.split())
+    assert "95 % intervals" in shown
+    assert "90.0 %" in next(line for line in shown.splitlines() if "class: correct" in line)
+
+
+def test_three_columns_fit_a_terminal_of_80() -> None:
+    results = RESULTS | {"delivered": RESULTS["base"]}
+    lines = text(end_table(results), width=80).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    row = next(line for line in lines if "general perplexity" in line)
+    assert row.split()[-1] == "5,210" and "…" not in "".join(lines)
 
 
 def test_better_knows_the_direction() -> None:
