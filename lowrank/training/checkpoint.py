@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapter import training_adapters
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json, read_tensors, write_json, write_tensors
 
@@ -23,6 +24,16 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def scores(model: nn.Module) -> dict[str, Tensor]:
+    """What training adapters keep beside their parameters: buffers that an adapter file leaves out (rank budgets)."""
+    return {
+        f"{i}.{name}": buffer
+        for i, adapter in enumerate(training_adapters(model))
+        for name, buffer in adapter.named_buffers()
+        if name in adapter._non_persistent_buffers_set
+    }
+
+
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
 ) -> Path:
@@ -31,6 +42,7 @@ def save_checkpoint(
     parameters = trained(model)
     write_tensors(target / "adapter.safetensors", parameters)
     moments: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
+    moments |= {f"buffer.{name}": buffer for name, buffer in scores(model).items()}
     if torch.cuda.is_available():
         moments["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
@@ -69,6 +81,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 value = moments.get(f"{key}.{name}")
                 if value is not None:
                     state[key] = value if key == "step" else value.to(parameter.device)
+        for name, buffer in scores(model).items():
+            buffer.copy_(moments[f"buffer.{name}"])
     torch.set_rng_state(moments["random.cpu"])
     if "random.cuda" in moments and torch.cuda.is_available():
         torch.cuda.set_rng_state(moments["random.cuda"])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapter import adapted_layers
+from lowrank.adapter import training_adapters
 from lowrank.data.batches import Batch, split
 from lowrank.files import read_tensors, write_tensors, write_text
 from lowrank.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, trained
@@ -168,14 +168,19 @@ def fit(
                     f" (now {config.lr}) or look at the data; the adapter of the last checkpoint is untouched"
                 )
             optimizer.step()
+            for adapter in training_adapters(model):
+                adapter.after_step(step, steps)  # the gradients are still there: rank budgets look at them
             optimizer.zero_grad(set_to_none=True)
-            for _, layer in adapted_layers(model):
-                for adapter in layer.adapters.values():
-                    adapter.after_step(step, steps)  # type: ignore[operator]
             state["step"] = step + 1
             state["tokens"] += int(batch["attention_mask"].sum())
             seconds = time.perf_counter() - started
-            row = {"step": step, "loss": loss, "lr": config.lr * factor, "grad_norm": float(norm), "tokens": state["tokens"]}
+            row = {
+                "step": step,
+                "loss": loss,
+                "lr": config.lr * factor,
+                "grad_norm": float(norm),
+                "tokens": state["tokens"],
+            }
             log.write(row)
             run.log.append(row)
             view = row | {
@@ -228,9 +233,8 @@ def _accumulate(model: nn.Module, batch: Batch, micro_batch_size: int | None) ->
         total += float(loss.detach())
     penalties = [
         penalty
-        for _, layer in adapted_layers(model)
-        for adapter in layer.adapters.values()
-        if (penalty := adapter.penalty()) is not None and penalty.requires_grad  # type: ignore[operator]
+        for adapter in training_adapters(model)
+        if (penalty := adapter.penalty()) is not None and penalty.requires_grad
     ]
     if penalties:
         penalty = torch.stack(penalties).sum()
