@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.quant.codec import decode_into, workspace
 from lowrank.quant.formats import parse_format
+from lowrank.quant.packed import PACKED_ROWS, pack_product, packable
 from lowrank.quant.tensor import QuantizedTensor
 
 
@@ -45,29 +46,45 @@ def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Kept:
-    """Decoded weights, kept from first use on while they fit into the budget."""
+    """Decoded weights, or codes packed for torch's own product, from first use on while they fit into the budget."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.left = budget_bytes
-        self.weights: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.weights: dict[tuple[int, torch.dtype | str], tuple[QuantizedTensor, Any]] = {}
 
-    def weight(self, layer: "QuantizedLinear", dtype: torch.dtype) -> Tensor | None:
-        key = (id(layer), dtype)
-        if key not in self.weights:
-            q = layer.quantized
-            if (size := q.numel * dtype.itemsize) > self.left:
+    def product(self, layer: "QuantizedLinear", x: Tensor) -> Tensor | None:
+        """x Qᵀ + b with what is kept of this layer; None where it has to decode."""
+        q, bias = layer.quantized, layer.bias
+        if packable(q, x):
+            if x.numel() >= PACKED_ROWS * layer.in_features:
+                return None  # a prompt: one decode serves many rows
+            packed = self._get(layer, "packed", q, q.numel // 2 + 4 * q.scales.numel(), lambda: pack_product(q))
+            y = None if packed is None else packed(x)
+            return y if y is None or bias is None else y + bias
+        weight = self._get(layer, x.dtype, q, q.numel * x.dtype.itemsize, lambda: q.dequantize(x.dtype))
+        return None if weight is None else F.linear(x, weight, bias)
+
+    def _get(
+        self, layer: nn.Module, kind: torch.dtype | str, q: QuantizedTensor, size: int, make: Callable[[], Any]
+    ) -> Any:
+        found = self.weights.get((id(layer), kind))
+        if found is not None and found[0] is q:  # else its parts were replaced meanwhile
+            return found[1]
+        if found is None:
+            if size > self.left:
                 return None
             self.left -= size
-            self.weights[key] = q.dequantize(dtype)
-        return self.weights[key]
+        self.weights[id(layer), kind] = q, make()
+        return self.weights[id(layer), kind][1]
 
 
 @contextmanager
 def decoded(model: nn.Module, budget_bytes: int = 2**30) -> Iterator[None]:
     """Inside the block each quantized layer decodes its weight once and keeps it, within `budget_bytes` in all.
 
-    For generation, which reads every weight once a token. It acts only where no gradient is taken, and gives the same
-    values as without. Layers that no longer fit decode as before; all copies are dropped at the end of the block.
+    For generation, which reads every weight once a token. It acts only where no gradient is taken. Layers that do not
+    fit decode as before; all copies are dropped at the end of the block. The values are the same as without, but for
+    int4 and int4-affine in bf16 at fewer than 8 rows: those go through torch's packed product (see `packed.py`).
     """
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     before = [layer._kept for layer in layers]
@@ -112,9 +129,8 @@ class QuantizedLinear(nn.Module):
         return self._made
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self._kept
-        if kept is not None and not torch.is_grad_enabled() and (weight := kept.weight(self, x.dtype)) is not None:
-            return F.linear(x, weight, self._parameters["bias"])
+        if self._kept is not None and not torch.is_grad_enabled() and (y := self._kept.product(self, x)) is not None:
+            return y
         return linear(x, self.quantized, self._parameters["bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":

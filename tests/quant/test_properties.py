@@ -239,14 +239,11 @@ def test_values_rise_with_the_weights_in_each_block(count: int) -> None:
 @examples
 def test_symmetric_integers_know_no_sign(count: int) -> None:
     def holds(case: Case) -> None:
-        w = case.weight()
-        plus, minus = (
-            QuantizedTensor.quantize(v, case.format, case.block_size, False, case.scale_dtype) for v in (w, -w)
-        )
+        w, plus = case.weight(), in_domain(case)
+        minus = QuantizedTensor.quantize(-w, case.format, case.block_size, False, case.scale_dtype)
         assert torch.equal(plus.dequantize(), -minus.dequantize())
 
-    # fp16 scales hold up to 65504
-    for_all(count, cases([("int4", False), ("int8", False)], exponents=(-149, 10), values=st.floats(-1e4, 1e4)), holds)
+    for_all(count, cases([("int4", False), ("int8", False)]), holds)
 
 
 @examples
