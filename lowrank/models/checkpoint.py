@@ -65,8 +65,8 @@ def _not_a_model(path: Path) -> ValueError:
 
 def _pickle_text(path: Path) -> str:
     return (
-        f"{path} is a pickle, which can run any code when it is read, so it is refused. Convert it once where you trust "
-        "it: load it with torch.load(path, weights_only=True) and write it with safetensors.torch.save_file"
+        f"{path} is a pickle, which can run any code when it is read, so it is refused. Convert it once where you "
+        "trust it: load it with torch.load(path, weights_only=True) and write it with safetensors.torch.save_file"
     )
 
 
@@ -117,7 +117,9 @@ class FolderCheckpoint:
                 if Path(file).name != file:  # a shard lies in the folder, nowhere else
                     raise FileFormatError(f"{index} names the file {file!r}, wanted a plain name in the same folder")
                 if not (self.path / file).is_file():
-                    raise FileNotFoundError(f"{index} names {file}, which is not in the folder: the download is incomplete")
+                    raise FileNotFoundError(
+                        f"{index} names {file}, which is not in the folder: the download is incomplete"
+                    )
             return [self.path / file for file in files]
         found = sorted(self.path.glob("*.safetensors"))
         if len(found) == 1:
@@ -146,7 +148,7 @@ class FolderCheckpoint:
         """Files of a bare body lack the first part of our paths ("model.", "transformer.", "bert.")."""
         first = family_of(self.config).names.embed
         head = first.split(".")[0] + "."
-        return head if f"{first}.weight" not in self._stored and f"{first[len(head):]}.weight" in self._stored else ""
+        return head if f"{first}.weight" not in self._stored and f"{first[len(head) :]}.weight" in self._stored else ""
 
     def _name(self, path: str) -> str:
         return path.removeprefix(self._prefix) if self._prefix else path

@@ -120,7 +120,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].new_zeros(ctx.shape).index_copy_(0, *ctx.saved_tensors, grads[0]), None
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grads[0]), None
 
 
 class Packing:
@@ -190,7 +190,7 @@ def attention_mask_for(
     query = torch.arange(seen, total, device=device)[:, None]
     key = torch.arange(total, device=device)[None]
     visible = key <= query
-    if windowed:
+    if window is not None:
         visible &= query - key < window
     visible = visible[None, None]
     if mask is not None:
@@ -384,6 +384,10 @@ class Decoder(nn.Module):
             head, embed = self.get_submodule(self.family.names.lm_head), self.get_submodule(self.family.names.embed)
             head.weight = embed.weight
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.get_submodule(self.family.names.layers)  # type: ignore[return-value]
+
     def forward(
         self,
         input_ids: Tensor,
@@ -402,7 +406,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, D) after the final norm, without virtual tokens. With a cache the mask is (B, cached + T)."""
+        """(B, T) -> (B, T, D) after the final norm, without virtual tokens. With a cache: mask (B, cached + T)."""
         x = self.states(input_ids, attention_mask, position_ids, cache)
         return x[:, x.shape[1] - input_ids.shape[1] :]
 
@@ -435,7 +439,7 @@ class Decoder(nn.Module):
         if self.family.embed_scale:
             x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype)  # rounded to x's dtype, as it was trained
         step = self.step(x, attention_mask, positions, cache, packing)
-        for block in self.get_submodule(n.layers):  # type: ignore[attr-defined]
+        for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled() and cache is None:
                 contexts = partial(checkpoint_contexts, block)
                 x = checkpoint(block, x, step, use_reentrant=False, context_fn=contexts)
@@ -448,17 +452,15 @@ class Decoder(nn.Module):
 
     def prefix_tokens(self) -> int:
         """Positions that prefix adapters take before the first token."""
-        slots = (
-            getattr(block, self.family.names.attn).prefix for block in self.get_submodule(self.family.names.layers)
-        )  # type: ignore[attr-defined]
+        slots = (getattr(block, self.family.names.attn).prefix for block in self.blocks)
         return max((slot.virtual_tokens() for slot in slots if isinstance(slot, AdaptedLinear)), default=0)
 
     @property
     def head_weight(self) -> Tensor | None:
-        """(V, D) where the logits are hidden @ Wᵀ and nothing else, so that a loss may take them in pieces; else None."""
+        """(V, D) where the logits are hidden @ Wᵀ and nothing else (a loss may take them in parts), or None."""
         head = self.get_submodule(self.family.names.lm_head)
         plain = type(head) is nn.Linear and head.bias is None and self.config.final_softcap is None
-        return head.weight if plain else None
+        return head.weight if plain else None  # type: ignore[return-value]
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)"""

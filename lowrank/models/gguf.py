@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,10 @@ def _q5_1(b: Array) -> Array:
 
 def _q8_0(b: Array) -> Array:
     return _half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
+
+
+def _bf16(b: Array) -> Array:
+    return (np.ascontiguousarray(b).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _six_bit(b: Array) -> tuple[Array, Array]:
@@ -118,7 +123,7 @@ FORMATS: dict[int, Format] = {
     12: Format("Q4_K", 256, 144, _q4_k),
     13: Format("Q5_K", 256, 176, _q5_k),
     14: Format("Q6_K", 256, 210, _q6_k),
-    30: Format("BF16", 1, 2, lambda b: (np.ascontiguousarray(b).view(np.uint16).astype(np.uint32) << 16).view(np.float32)),
+    30: Format("BF16", 1, 2, _bf16),
 }  # fmt: skip
 _NUMBERS = {0: "B", 1: "b", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -220,7 +225,7 @@ class GGUF:
             spans.append((info.start, info.start + info.nbytes, name))
             yield info
         spans.sort()
-        for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        for (_, end, first), (start, _, second) in pairwise(spans):
             if start < end:
                 self._fail(f"tensors {first!r} and {second!r} overlap")
 

@@ -1,6 +1,6 @@
 """`load`: a model and its tokenizer from a folder, a GGUF file or the quickstart's package.
 
-Weights stream: one tensor is read, put into its final form (dtype, or quantized codes) and the next one follows, so that
+Weights stream: one tensor is read and put into its final form (dtype, or quantized codes) before the next, so that
 memory peaks at the final size and the largest tensor.
 """
 
@@ -106,8 +106,8 @@ def check(model: nn.Module, checkpoint: Checkpoint, paths: list[str], tied: set[
     left = [n for n in checkpoint.unused(set(paths) | tied) if not n.endswith(IGNORED)]
     if left:
         raise FileFormatError(
-            f"{checkpoint.path} holds {len(left)} tensors that this architecture has no place for: {', '.join(left[:4])}"
-            f"{', ...' if len(left) > 4 else ''}; it would be loaded half, so it is refused"
+            f"{checkpoint.path} holds {len(left)} tensors that this architecture has no place for: "
+            f"{', '.join(left[:4])}{', ...' if len(left) > 4 else ''}; it would be loaded half, so it is refused"
         )
 
 
@@ -152,3 +152,12 @@ def ticking(paths: list[str], name: str, progress: bool) -> Iterator[str]:
     from rich.progress import track
 
     yield from track(paths, description=f"loading {name}", transient=True)
+
+
+def load_tokenizer_of(source: str | Path, template: str | None = None) -> Tokenizer:
+    """The tokenizer that `load` would give, without the weights."""
+    checkpoint = open_checkpoint(quickstart() if source == "quickstart" else source)
+    tokenizer = tokenizer_of(checkpoint)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{checkpoint.path} comes without a tokenizer")
+    return tokenizer if template is None else tokenizer.with_template(template)

@@ -19,13 +19,15 @@ BUILT_IN: dict[str, str] = {
         "{% else %}{{ '\n' }}{% endif %}{% endfor %}"
     ),
     "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "llama2": (
         "{% set ns = namespace(system='') %}{% for m in messages %}"
         "{% if m['role'] == 'system' %}{% set ns.system = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}"
-        "{% elif m['role'] == 'user' %}{{ bos_token + '[INST] ' + ns.system + m['content'] + ' [/INST]' }}{% set ns.system = '' %}"
+        "{% elif m['role'] == 'user' %}{{ bos_token + '[INST] ' + ns.system + m['content'] + ' [/INST]' }}"
+        "{% set ns.system = '' %}"
         "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
     "llama3": (
@@ -42,7 +44,8 @@ BUILT_IN: dict[str, str] = {
     "gemma": (
         "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
         "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}{% else %}"
-        "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' + ns.system + m['content'] + '<end_of_turn>\n' }}"
+        "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
+        "{{ ns.system + m['content'] + '<end_of_turn>\n' }}"
         "{% set ns.system = '' %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
@@ -105,9 +108,7 @@ def template_text(name_or_text: str) -> str:
     return name_or_text
 
 
-def render(
-    template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, special: dict[str, str]
-) -> str:
+def render(template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, special: dict[str, str]) -> str:
     """The conversation as text. `special`: bos_token, eos_token, pad_token, unk_token."""
     try:
         return str(

@@ -26,7 +26,9 @@ class Vocabulary(Protocol):
     """What encodes and decodes: the two back ends below."""
 
     size: int
-    hash: str
+
+    @property
+    def hash(self) -> str: ...
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
@@ -85,8 +87,12 @@ class FastVocabulary:
         self.inner, self.add_bos = inner, add_bos
         self.size: int = inner.get_vocab_size(with_added_tokens=True)
 
-    @cached_property
+    @property
     def hash(self) -> str:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         return hashlib.sha256(f"{self.inner.to_str()} {self.add_bos}".encode()).hexdigest()
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
@@ -131,7 +137,8 @@ class PieceVocabulary:
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         if skip_special:
             return str(self.inner.decode([i for i in ids if not self.inner.is_control(i)]))
-        parts, run = [], []
+        parts: list[str] = []
+        run: list[int] = []
         for i in ids:
             if self.inner.is_control(i):
                 parts += [self.inner.decode(run), self.inner.id_to_piece(i)]
@@ -149,9 +156,8 @@ class PieceVocabulary:
 
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+_LLAMA3_WORDS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = {  # tokenizer.ggml.pre -> (digits stand alone first, the words' pattern)
     "smollm": (True, _GPT2_WORDS),
     "starcoder": (True, _GPT2_WORDS),
@@ -200,7 +206,9 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer | None:
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     steps += [
         pre_tokenizers.Split(Regex(words), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=bool(metadata.get("tokenizer.ggml.add_space_prefix")), use_regex=False),
+        pre_tokenizers.ByteLevel(
+            add_prefix_space=bool(metadata.get("tokenizer.ggml.add_space_prefix")), use_regex=False
+        ),
     ]
     inner.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
     inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.adapter import adapted_layers
-from lowrank.methods.bottleneck import BottleneckConfig
+from lowrank.methods.bottleneck import HoulsbyConfig
 from lowrank.methods.lora import LoRAConfig
 from lowrank.methods.prefix import PrefixConfig
 from lowrank.models.decoder import KVCache, positions_from_mask
@@ -113,7 +113,7 @@ def test_adapters_by_row_in_a_padded_batch(tiny: nn.Module) -> None:
         torch.testing.assert_close(mixed[i][mask[i].bool()], alone[i][mask[i].bool()], **TOLERANCE)
 
 
-@pytest.mark.parametrize(("config", "name"), [(PrefixConfig(), "prefix"), (BottleneckConfig(), "bottleneck")])
+@pytest.mark.parametrize(("config", "name"), [(PrefixConfig(), "prefix"), (HoulsbyConfig(), "bottleneck")])
 def test_places_between_the_layers(tiny: nn.Module, config: object, name: str) -> None:
     """Prefix tuning and bottleneck adapters find their slots, act, and see no padding."""
     ids, mask = batch([9, 4, 13])

@@ -64,7 +64,10 @@ def test_loss_and_gradients(case) -> None:
 
 def test_greedy_tokens(case) -> None:
     _, model, inputs, expected, _ = case
-    prompts, wanted = inputs["greedy.input_ids"], expected["greedy.output_ids"][:, inputs["greedy.input_ids"].shape[1] :]
+    prompts, wanted = (
+        inputs["greedy.input_ids"],
+        expected["greedy.output_ids"][:, inputs["greedy.input_ids"].shape[1] :],
+    )
     assert generate_ids(model, prompts.tolist(), wanted.shape[1]) == wanted.tolist()
 
 

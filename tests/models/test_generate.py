@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank
+from lowrank.methods.prefix import PrefixConfig
+from lowrank.methods.prompt import PromptConfig
 from lowrank.models.generate import Sampler, generate_ids
 
 PROMPTS = [[5, 9, 33], [101], [7, 7, 12, 80, 41, 17, 3], [64, 65]]
@@ -59,3 +62,17 @@ def test_training_mode_is_left_as_it_was(tiny: nn.Module) -> None:
     tiny.train()
     generate_ids(tiny, PROMPTS, 1)
     assert tiny.training
+
+
+@pytest.mark.parametrize("config", [PromptConfig(tokens=3), PrefixConfig(tokens=3)])
+def test_virtual_tokens_are_counted_once(tiny: nn.Module, config: object) -> None:
+    """With a cache, token by token, the same answer as from the whole sequence each time."""
+    lowrank.attach(tiny, config)
+    wanted = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(8):
+            with torch.no_grad():
+                ids.append(int(tiny(torch.tensor([ids]))[0, -1].argmax()))
+        wanted.append(ids[len(prompt) :])
+    assert generate_ids(tiny, PROMPTS, 8) == wanted

@@ -90,7 +90,9 @@ def test_bad_metadata_says_what_is_wrong(changes: dict, message: str) -> None:
         gguf_tokenizer({**good, **changes}, "x.gguf")
 
 
-@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", b"{"), ("tokenizer.json", b"{}"), ("tokenizer.model", b"\x00x")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", b"{"), ("tokenizer.json", b"{}"), ("tokenizer.model", b"\x00x")]
+)
 def test_damaged_tokenizer_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FileFormatError, match=name):
