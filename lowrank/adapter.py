@@ -112,10 +112,7 @@ class Adapter(nn.Module):
 
 
 def may_fuse(adapter: Adapter) -> bool:
-    """Whether the class that wrote `fused` (or one above it) also wrote the `forward` in use.
-
-    A subclass that overrides `forward` alone has changed the equation, so its inherited `fused` must not run.
-    """
+    """Whether the class that wrote `fused` (or one above it) also wrote `forward`: an edited equation is never bypassed."""
     return _written_together(type(adapter), "fused")  # type: ignore[arg-type]
 
 
@@ -367,8 +364,10 @@ class Carried:
     merged: bool = False
 
 
-def carried(model: nn.Module) -> Carried:
-    found: Carried = model.__dict__.setdefault("_lowrank", Carried())
+def carried(model: nn.Module, create: bool = False) -> Carried:
+    found: Carried = model.__dict__.get("_lowrank") or Carried()
+    if create:
+        model.__dict__["_lowrank"] = found
     return found
 
 

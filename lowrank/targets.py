@@ -268,7 +268,7 @@ def build(
 
 def put(model: nn.Module, name: str, adapters: Mapping[str, Adapter], attachment: Attachment) -> None:
     """Set built adapters on the model, as the only active one and the only one that trains."""
-    state = carried(model)
+    state = carried(model, create=True)
     if not state.attachments:
         state.trained_before = trainable_parameters(model)
     for path, adapter in adapters.items():

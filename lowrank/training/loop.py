@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapter import training_adapters
+from lowrank.adapter import Adapter, training_adapters
 from lowrank.data.batches import Batch, split
 from lowrank.files import read_tensors, write_tensors, write_text
 from lowrank.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, trained
@@ -154,6 +154,8 @@ def fit(
         if folder is not None:
             save_checkpoint(folder, model, optimizer, state | {"data": source.state_dict()}, config.keep)
 
+    if first == 0:
+        _prepare(model, source)
     model.train()
     with _interruptible() as interrupted:
         for step in range(first, steps):
@@ -217,6 +219,15 @@ def fit(
         "best_eval_loss": state["best"],
     }
     return run
+
+
+def _prepare(model: nn.Module, source: Any) -> None:
+    """The adapters' initial values from data. They look at the first batches; training then starts at the first."""
+    position = source.state_dict()
+    for adapter in training_adapters(model):
+        if type(adapter).prepare is not Adapter.prepare:
+            adapter.prepare(model, iter(source.next, None))
+            source.load_state_dict(position)
 
 
 def _accumulate(model: nn.Module, batch: Batch, micro_batch_size: int | None) -> float:
