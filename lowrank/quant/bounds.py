@@ -187,15 +187,23 @@ def expected_mse(format: str | Tensor, block_size: int = 64) -> float:
 
     int4-affine integrates over smallest and largest value together. Scales are exact: no double quantization, no fp16.
     """
-    G = block_size
-    if isinstance(format, str) and FORMATS[format].affine:
-        return _expected_affine(G)
     if isinstance(format, Tensor):
-        values = format.double().sort().values
-    elif FORMATS[format].table:
-        values = codebook(format).double().sort().values
-    else:
-        values = torch.arange(-FORMATS[format].limit, FORMATS[format].limit + 1).double() / FORMATS[format].limit
+        return _expected_table(format.double().sort().values, block_size)
+    return _expected(format, block_size)
+
+
+@cache
+def _expected(format: str, G: int) -> float:
+    spec = FORMATS[format]
+    if spec.affine:
+        return _expected_affine(G)
+    levels = (
+        codebook(format).double().sort().values if spec.table else torch.arange(-spec.limit, spec.limit + 1).double()
+    )
+    return _expected_table(levels / levels[-1], G)
+
+
+def _expected_table(values: Tensor, G: int) -> float:
     a, weight = _nodes(G, tails=2)  # (400,)
     inside = torch.erf(a / math.sqrt(2))  # 2Φ(a) - 1
     density = 2 * G * _phi(a) * inside ** (G - 1)
@@ -210,6 +218,12 @@ def codebook_mse(values: Tensor) -> float:
     inner = (values[:-1] + values[1:]) / 2
     far = values.new_tensor([40.0])
     return _cell_error(torch.cat((-far, inner)), torch.cat((inner, far)), values).sum().item()
+
+
+def unlikely_absmax(block_size: int, chance: float) -> float:
+    """The absmax that a block of standard normal values exceeds with this chance."""
+    tail = torch.tensor(-math.expm1(math.log1p(-chance) / block_size) / 2, dtype=torch.float64)
+    return -torch.special.ndtri(tail).item()
 
 
 def _expected_affine(G: int) -> float:

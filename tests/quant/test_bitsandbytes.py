@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank.files import read_tensors
-from lowrank.kernels.nf4_codec import decode_ref
+from lowrank.kernels.nf4_codec import decode_ref, encode_ref
 from lowrank.quant.codebooks import codebook, normal_codebook
 from lowrank.quant.double import dequantize_scales, quantize_scales
 from lowrank.quant.tensor import QuantizedTensor
@@ -36,7 +36,9 @@ def test_other_normal_codebooks_rise_from_minus_one_to_one_through_zero(bits: in
 def test_codes_and_scales_are_bitsandbytes(name: str) -> None:
     case = CASES[name]
     q = QuantizedTensor.quantize(T[f"{name}.input"], case["quant_type"], case["blocksize"], case["nested"])
-    assert torch.equal(q.codes, T[f"{name}.packed"].view(torch.uint8).reshape(-1))  # ties included
+    packed = T[f"{name}.packed"].view(torch.uint8).reshape(-1)
+    assert torch.equal(q.codes, packed)  # ties included
+    assert torch.equal(encode_ref(T[f"{name}.input"], codebook(case["quant_type"]), case["blocksize"])[0], packed)
     if case["nested"]:
         assert torch.equal(q.scales, T[f"{name}.absmax_q"])
         assert torch.equal(q.nested_absmax, T[f"{name}.nested_absmax"])
