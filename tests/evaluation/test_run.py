@@ -1,0 +1,100 @@
+"""A run evaluated again, from its folder: results, samples and report, against the base and against another run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowrank.errors import ConfigError
+from lowrank.evaluation.run import evaluate, measure
+from lowrank.files import read_json, read_jsonl
+from lowrank.training.run import train
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+KEYS = ("paraphrase", "trap", "trap_unseen", "true_premise", "abstention", "false_abstention", "hallucination")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a real tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = json.loads((FIXTURES / "models" / "llama" / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(FIXTURES / "models" / "llama" / "model.safetensors")
+    shutil.copyfile(FIXTURES / "tokenizer" / "test_model.model", folder / "tokenizer.model")
+    torch.manual_seed(0)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:
+            weights[name] = 0.1 * torch.randn(1000, weights[name].shape[1])
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}), encoding="utf-8")
+    return folder
+
+
+def settings(tiny: Path, folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(tiny),
+        "dtype": "float32",
+        "quantize": "nf4",
+        "adapter": {"method": "lora", "rank": 2, "targets": "all-linear"},
+        "data": {"path": "labtests-quick", "subjects": 3, "template": "plain", "max_length": 256, "general_share": 0.0},
+        "train": {"steps": 2, "batch_size": 2, "lr": 1e-3},
+        "eval": {"questions": 14, "max_new_tokens": 4, "delivered": False},
+        "output_dir": str(folder),
+    } | more
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("runs")
+    return tuple(train(settings(tiny, base / name)).folder for name in ("one", "two"))  # type: ignore[return-value]
+
+
+def test_training_leaves_results_and_samples(runs: tuple[Path, Path]) -> None:
+    results = read_json(runs[0] / "results.json")
+    for column in ("base", "tuned"):
+        assert set(KEYS) <= set(results[column])
+        assert results[column]["perplexity"] > 100 and results[column]["n"]["perplexity"] > 1000  # a random model
+    rows = [row for _, row in read_jsonl(runs[0] / "samples.jsonl")]
+    asked = {column: {row["id"] for row in rows if row["column"] == column} for column in ("base", "tuned")}
+    assert asked["base"] == asked["tuned"] and 12 <= len(asked["base"]) <= 16
+
+
+def test_evaluate_against_the_base_rewrites_the_runs_files(runs: tuple[Path, Path]) -> None:
+    before = read_json(runs[0] / "results.json")
+    results = evaluate(runs[0], items="subset")
+    assert results["tuned"] == before["tuned"]  # the same questions, the same model: the same figures
+    assert results["metrics"] == before["metrics"]
+    assert (runs[0] / "report.html").is_file()
+    assert read_json(runs[0] / "results.json")["base"] == results["base"]
+
+
+def test_evaluate_against_another_run_leaves_its_files_alone(runs: tuple[Path, Path]) -> None:
+    mine, others = (runs[0] / "results.json").read_bytes(), (runs[1] / "results.json").read_bytes()
+    results = evaluate(runs[0], tasks=("truth",), against=runs[1], items="subset")
+    assert results["names"] == {"tuned": "one", "two": "two"}
+    assert set(KEYS) <= set(results["two"]) and "perplexity" not in results["two"]
+    assert results["comparison"]["hallucination"]["p"] == 1.0  # equal runs: same seed, same bytes
+    assert (runs[0] / "report-two.html").is_file() and (runs[0] / "samples-two.jsonl").is_file()
+    assert (runs[0] / "results.json").read_bytes() == mine and (runs[1] / "results.json").read_bytes() == others
+
+
+def test_evaluate_refuses_what_it_cannot_do(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        evaluate(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown task 'thruth' \(did you mean 'truth'\?\)"):
+        evaluate(runs[0], tasks=("thruth",))
+    with pytest.raises(ValueError, match="unknown choice of items 'some'"):
+        evaluate(runs[0], items="some")
+    with pytest.raises(ConfigError, match="names the same run"):
+        evaluate(runs[0], tasks=("truth",), against=runs[0], items="subset")
+    with pytest.raises(ConfigError, match="names no run"):
+        evaluate({"model": "quickstart"})
+
+
+def test_measuring_nothing_gives_nothing() -> None:
+    result, rows = measure(torch.nn.Linear(1, 1), None, {})
+    assert rows == [] and result == {"n": {}, "intervals": {}}
