@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json
+from lowrank.kernels.nf4_codec import pack
 from lowrank.models.families import ModelConfig, config_from_gguf, config_from_json, family_of, gguf_name
 from lowrank.models.gguf import GGUF, SAMPLE, sample_starts
+from lowrank.quant.state import STATE
+from lowrank.quant.tensor import QuantizedTensor
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -24,12 +27,17 @@ class Checkpoint(Protocol):
 
     path: Path
     config: ModelConfig
+    quantized: str | None
+    """What the weights of its linear layers are quantized with, None where they are numbers."""
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """The stored shape of a parameter, None where the checkpoint does not have it."""
 
     def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
         """One parameter in `dtype`, on the CPU."""
+
+    def kept(self, path: str, dtype: torch.dtype) -> QuantizedTensor | None:
+        """One weight as it is stored, where that is a quantized form that the engine works with."""
 
     def unused(self, paths: set[str]) -> list[str]:
         """What the checkpoint holds beyond `paths`."""
@@ -84,9 +92,13 @@ class FolderCheckpoint:
                     raise FileFormatError(f"tensor {name!r} is in {self._stored[name].name} and in {file.name}")
                 self._stored[name] = file
         self._prefix = self._find_prefix()
+        four_bit = any(STATE in name for name in self._stored)
+        self.quantized = "bitsandbytes 4 bit" if four_bit else None
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         name = self._name(path)
+        if self._is_quantized(name):
+            return self._quantized(name).shape
         return tuple(self._slice(name).get_shape()) if name in self._stored else None
 
     def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
@@ -96,9 +108,25 @@ class FolderCheckpoint:
             raise FileFormatError(f"{self._stored[name]}: tensor {name!r} has type {value.dtype}, wanted floats")
         return value.to(dtype)
 
+    def kept(self, path: str, dtype: torch.dtype) -> QuantizedTensor | None:
+        name = self._name(path)
+        return replace(self._quantized(name), dtype=dtype) if self._is_quantized(name) else None
+
+    def _is_quantized(self, name: str) -> bool:
+        return f"{name}.absmax" in self._stored
+
+    def _quantized(self, name: str) -> QuantizedTensor:
+        parts = [stored for stored in self._stored if stored == name or stored.startswith(f"{name}.")]
+        state = {stored: self._files[self._stored[stored]].get_tensor(stored) for stored in parts}
+        try:
+            return QuantizedTensor.from_state_dict(state, name)
+        except ValueError as error:
+            raise FileFormatError(f"{self._stored[name]}: {error}") from error
+
     def unused(self, paths: set[str]) -> list[str]:
         wanted = {self._name(path) for path in paths}
-        return sorted(name for name in self._stored if name not in wanted)
+        left = (name for name in self._stored if name not in wanted)
+        return sorted(name for name in left if not any(name.startswith(f"{path}.") for path in _parents(name, wanted)))
 
     def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
         for name in sorted(self._stored):
@@ -154,6 +182,12 @@ class FolderCheckpoint:
         return path.removeprefix(self._prefix) if self._prefix else path
 
 
+def _parents(name: str, wanted: set[str]) -> list[str]:
+    """The weight that a stored name like W.absmax or W.quant_state.bitsandbytes__nf4 belongs to."""
+    parts = name.split(".")
+    return [path for i in range(len(parts) - 1, 0, -1) if (path := ".".join(parts[:i])) in wanted]
+
+
 class _Raw:
     """The stored bytes of a safetensors file: length u64, a JSON header, data."""
 
@@ -180,6 +214,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.gguf = GGUF(path)
+        self.quantized = None
         shapes = {name: info.shape for name, info in self.gguf.tensors.items()}
         factors = None
         if "rope_freqs.weight" in shapes:
@@ -194,12 +229,36 @@ class GGUFCheckpoint:
         family = family_of(self.config)
         value = self.gguf.tensor(gguf_name(self.config, path), dtype)
         leaf = path.split(".")[-2]
-        if family.gguf_permuted and leaf in (family.names.q, family.names.k):
-            heads = self.config.n_heads if leaf == family.names.q else self.config.n_kv_heads
-            value = value[unpermuted(value.shape[0], heads)]
+        if (order := self._rows(path)) is not None:
+            value = value[order]
         if family.norm == "rms+1" and value.dim() == 1 and leaf.endswith("norm"):
             value = (self.gguf.tensor(gguf_name(self.config, path)) - 1).to(dtype)  # the file holds 1 + w
         return value
+
+    def kept(self, path: str, dtype: torch.dtype) -> QuantizedTensor | None:
+        """The stored blocks of Q4_0, Q4_1 and Q8_0: codes and fp16 scales move, no value is rounded again."""
+        name = gguf_name(self.config, path)
+        info = self.gguf.tensors[name]
+        if info.format.name not in KEPT:
+            return None
+        blocks = torch.from_numpy(self.gguf.blocks(name).copy())  # (N, bytes of a block)
+        if (order := self._rows(path)) is not None:
+            blocks = blocks.view(info.shape[0], -1, blocks.shape[1])[order].flatten(0, 1)
+        format, half = KEPT[info.format.name]
+        scales = [blocks[:, i : i + 2].contiguous().view(torch.float16).view(-1) for i in range(0, half, 2)]
+        codes = blocks[:, half:]  # byte j holds value j in its low half and value j + 16 in its high half
+        if format != "int8":
+            codes = pack(torch.cat([codes & 15, codes >> 4], dim=1).view(-1))
+        zeros = scales[1] if len(scales) == 2 else None
+        return QuantizedTensor(format, info.shape, dtype, 32, codes.reshape(-1), scales[0], zeros)
+
+    def _rows(self, path: str) -> Tensor | None:
+        """The order that undoes the converter's permutation of q and k, None where there is none."""
+        family, (*_, module, leaf) = family_of(self.config), path.split(".")
+        if not family.gguf_permuted or module not in (family.names.q, family.names.k) or leaf not in ("weight", "bias"):
+            return None
+        heads = self.config.n_heads if module == family.names.q else self.config.n_kv_heads
+        return unpermuted(heads * self.config.head_dim, heads)
 
     def unused(self, paths: set[str]) -> list[str]:
         wanted = {gguf_name(self.config, path) for path in paths} | {"rope_freqs.weight"}
@@ -208,6 +267,9 @@ class GGUFCheckpoint:
     def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
         for name in sorted(self.gguf.tensors):
             yield name, self.gguf.tensors[name].shape, self.gguf.sample(name)
+
+
+KEPT = {"Q4_0": ("int4", 2), "Q4_1": ("int4-affine", 4), "Q8_0": ("int8", 2)}  # our format, bytes before the codes
 
 
 def unpermuted(rows: int, heads: int) -> Tensor:

@@ -363,6 +363,8 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
 class Decoder(nn.Module):
     """A causal language model. `checkpointing = True` recomputes each layer in backward instead of keeping it."""
 
+    takes_virtual_tokens = True  # lengthens mask and positions itself when prompt tuning adds tokens
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

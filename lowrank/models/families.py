@@ -297,7 +297,7 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
         if raw.get(key):
             raise ConfigError(f"{where} describes {what} ({key}), which is not implemented; use a dense text model")
     method = raw.get("quantization_config")
-    if method:
+    if method and not _is_four_bit(method):
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise ConfigError(
             f"{where}: the weights are quantized with {name!r}, which is not read; use the original checkpoint"
@@ -310,6 +310,11 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
             f"known: {', '.join(sorted(known))}"
         )
     return _read(known[model_type], raw, where)
+
+
+def _is_four_bit(method: Any) -> bool:
+    """bitsandbytes' 4-bit checkpoints, which are read as they are."""
+    return isinstance(method, dict) and method.get("quant_method") == "bitsandbytes" and bool(method.get("load_in_4bit"))
 
 
 class _Reader:

@@ -21,6 +21,9 @@ from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.tensor import QuantizedTensor
 
 
+KEEP = "keep"
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a model came from: what an adapter's file has to remember of its base."""
@@ -42,15 +45,22 @@ def load(
 ) -> tuple[nn.Module, Tokenizer | None]:
     """(model, tokenizer or None) from "quickstart", a folder or a .gguf file.
 
-    `quantize` (nf4, nf4-dq, ...) rounds every linear layer but the head, from the file's own values in fp32. `template`
-    is a built-in chat template's name or its text; without it the checkpoint's own is used.
+    `quantize` (nf4, nf4-dq, ...) rounds every linear layer but the head, from the file's own values in fp32; "keep" takes
+    a GGUF's Q4_0, Q4_1 and Q8_0 blocks (and bitsandbytes' 4-bit weights) as they are stored. `template` is a built-in chat template's name or its text; without it the checkpoint's own is used.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
-    if quantize is not None:
+    if quantize not in (None, KEEP):
         parse_format(quantize)  # a bad name fails before anything is read
     path = quickstart(progress=progress) if source == "quickstart" else Path(source)
     checkpoint = open_checkpoint(path)
+    if checkpoint.quantized is not None:
+        if quantize not in (None, KEEP):
+            raise ValueError(
+                f"{path} is quantized already ({checkpoint.quantized}); its weights stay as they are: leave out "
+                f"quantize={quantize!r}, or load the original checkpoint"
+            )
+        quantize = KEEP
     tokenizer = tokenizer_of(checkpoint)
     if tokenizer is not None and template is not None:
         tokenizer = tokenizer.with_template(template)
@@ -86,8 +96,10 @@ def fill(
         if leaf == "bias" and isinstance(parent, QuantizedLinear):
             continue  # read with its weight
         if quantize is not None and leaf == "weight" and quantizable(parent, parent_path, model):
-            set_module(model, parent_path, quantized(parent, parent_path, checkpoint, quantize, dtype, device))
-            continue
+            layer = quantized(parent, parent_path, checkpoint, quantize, dtype, device)
+            if layer is not None:
+                set_module(model, parent_path, layer)
+                continue
         parent.register_parameter(leaf, nn.Parameter(checkpoint.tensor(path, dtype).to(device)))
     if isinstance(model, Decoder):
         model.tie()
@@ -128,15 +140,22 @@ def quantizable(layer: nn.Module, path: str, model: nn.Module) -> bool:
 
 def quantized(
     layer: nn.Module, path: str, checkpoint: Checkpoint, quantize: str, dtype: torch.dtype, device: torch.device
-) -> QuantizedLinear:
-    format, double = parse_format(quantize)
-    weight = checkpoint.tensor(f"{path}.weight", torch.float32).to(device)
-    weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-    bias: Tensor | None = None
-    if layer.bias is not None:
-        bias = checkpoint.tensor(f"{path}.bias", dtype).to(device)
-    q = QuantizedTensor.quantize(weight, format, double_quant=double)  # rounded from fp32, whatever dtype says
-    return QuantizedLinear(replace(q, dtype=dtype) if dtype in (torch.bfloat16, torch.float16) else q, bias)
+) -> QuantizedLinear | None:
+    """The layer over its quantized weight; None where `keep` finds a weight that is stored as numbers."""
+    remembered = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+    if quantize == KEEP:
+        q = checkpoint.kept(f"{path}.weight", remembered)
+        if q is None:
+            return None
+        q = q.to(device)
+    else:
+        format, double = parse_format(quantize)
+        weight = checkpoint.tensor(f"{path}.weight", torch.float32).to(device)
+        weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+        # rounded from fp32, whatever dtype says
+        q = replace(QuantizedTensor.quantize(weight, format, double_quant=double), dtype=remembered)
+    bias = None if layer.bias is None else checkpoint.tensor(f"{path}.bias", dtype).to(device)
+    return QuantizedLinear(q, bias)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
