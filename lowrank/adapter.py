@@ -112,7 +112,7 @@ class Adapter(nn.Module):
 
 
 def may_fuse(adapter: Adapter) -> bool:
-    """Whether the class that wrote `fused` (or one above it) also wrote `forward`: an edited equation is never bypassed."""
+    """Whether the class that wrote `fused`, or one above it, wrote `forward` too: an edit is never bypassed."""
     return _written_together(type(adapter), "fused")  # type: ignore[arg-type]
 
 
@@ -362,6 +362,7 @@ class Carried:
     selection: Selection = field(default_factory=Selection)
     trained_before: list[nn.Parameter] = field(default_factory=list)
     merged: bool = False
+    hooks: dict[str, Any] = field(default_factory=dict)
 
 
 def carried(model: nn.Module, create: bool = False) -> Carried:

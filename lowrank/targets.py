@@ -32,6 +32,7 @@ from lowrank.adapter import (
 from lowrank.errors import did_you_mean
 from lowrank.methods.trained_copy import TrainedCopy
 from lowrank.quant.linear import QuantizedLinear
+from lowrank.virtual import make_room
 
 HEADS = {"lm_head", "output_layer", "classifier", "score", "decoder", "qa_outputs"}
 Targets = str | Sequence[str] | None
@@ -272,7 +273,10 @@ def put(model: nn.Module, name: str, adapters: Mapping[str, Adapter], attachment
     if not state.attachments:
         state.trained_before = trainable_parameters(model)
     for path, adapter in adapters.items():
-        wrap(model, path).put(name, adapter)
+        layer = wrap(model, path)
+        layer.put(name, adapter)
+        if adapter.place == "embeddings":
+            state.hooks[name] = make_room(model, layer)
     state.attachments[name] = attachment
     state.selection.now = Acting(((name, 1.0),))
     train_only(model, name)
@@ -295,7 +299,6 @@ def coverage(model: nn.Module, name: str, found: dict[str, list[str]] | None = N
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int] | None:
-    """(I, O) of what has them."""
     return None if isinstance(layer, Slot) else features(layer)
 
 
@@ -365,20 +368,19 @@ def detach(model: nn.Module, name: str = "default") -> None:
             layer.remove(name)
         if not layer.adapters:
             _replace(model, path, layer.base)
-    now = state.selection.now
-    left = dict(adapted_layers(model)).values()
-    state.selection.now = Acting(
-        _without(now.everywhere, name), {layer: _without(w, name) for layer, w in now.layers.items() if layer in left}
-    )
+    now, left = state.selection.now, set(dict(adapted_layers(model)).values())
+
+    def others(weights: Weights) -> Weights:
+        return tuple(item for item in weights if item[0] != name)
+
+    state.selection.now = Acting(others(now.everywhere), {at: others(w) for at, w in now.layers.items() if at in left})
     del state.attachments[name]
+    if (hook := state.hooks.pop(name, None)) is not None:
+        hook.remove()
     if not state.attachments:
         for parameter in state.trained_before:
             parameter.requires_grad_(True)
         del model.__dict__["_lowrank"]
-
-
-def _without(weights: Weights, name: str) -> Weights:
-    return tuple((other, weight) for other, weight in weights if other != name)
 
 
 def count_parameters(model: nn.Module) -> int:
