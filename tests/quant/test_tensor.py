@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank.kernels.nf4_codec import decode_ref
-from lowrank.quant import nf4
+from lowrank.quant import bounds, nf4
 from lowrank.quant.codebooks import codebook
 from lowrank.quant.formats import BLOCK_SIZES, FORMATS, parse_format
 from lowrank.quant.tensor import QuantizedTensor
@@ -67,6 +67,16 @@ def test_affine_codes_keep_what_is_already_on_their_grid(scale_dtype: torch.dtyp
         assert torch.equal(q.scales.float(), d) and torch.equal(q.zeros.float(), m)
     else:
         torch.testing.assert_close(q.dequantize(), w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("format", "largest"), [("int4", 7), ("int8", 127)])
+def test_a_code_stays_in_range_where_its_fp16_scale_was_rounded_down(format: str, largest: int) -> None:
+    """max |w| / L = 1.4 of fp16's smallest number becomes 1 of them: w / s is then 1.4 L."""
+    w = torch.tensor([1.0, -1.0, 0.5, 0.0]) * 1.4 * largest * 2.0**-24
+    q = QuantizedTensor.quantize(w, format, scale_dtype=torch.float16)
+    assert q.scales.item() == 2.0**-24
+    assert (q.dequantize(torch.float32)[:2] * 2.0**24).tolist() == [largest, -largest]
+    assert ((w - q.dequantize()).abs() <= bounds.elementwise(q)).all()
 
 
 def test_sizes_count_codes_scales_and_second_level() -> None:
