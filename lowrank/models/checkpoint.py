@@ -179,7 +179,13 @@ class FolderCheckpoint:
         return head if f"{first}.weight" not in self._stored and f"{first[len(head) :]}.weight" in self._stored else ""
 
     def _name(self, path: str) -> str:
-        return path.removeprefix(self._prefix) if self._prefix else path
+        name = path.removeprefix(self._prefix) if self._prefix else path
+        if name not in self._stored and (module := name.rpartition("."))[0].endswith(
+            "LayerNorm"
+        ):  # as TensorFlow had it
+            older = f"{module[0]}.{'gamma' if module[2] == 'weight' else 'beta'}"
+            return older if older in self._stored else name
+        return name
 
 
 def _parents(name: str, wanted: set[str]) -> list[str]:
@@ -214,7 +220,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.gguf = GGUF(path)
-        self.quantized = None
+        self.quantized: str | None = None
         shapes = {name: info.shape for name, info in self.gguf.tensors.items()}
         factors = None
         if "rope_freqs.weight" in shapes:

@@ -61,6 +61,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    token_types: int = 0
     labels: tuple[str, ...] = ()
     """The classes of an encoder's head."""
     head: str = "causal"
@@ -152,6 +153,12 @@ _CHATGLM = Names(
     o="dense",
     gate_up="dense_h_to_4h",
     down="dense_4h_to_h",
+)
+_BERT = Names(
+    embed="bert.embeddings.word_embeddings",
+    positions="bert.embeddings.position_embeddings",
+    layers="bert.encoder.layer",
+    lm_head="classifier",
 )
 FAMILIES: dict[str, Family] = {
     f.name: f
@@ -263,6 +270,22 @@ FAMILIES: dict[str, Family] = {
                 "apply_residual_connection_post_layernorm": False,
             },
         ),
+        Family(
+            "bert",
+            ("bert",),
+            names=_BERT,
+            norm="layer",
+            encoder=True,
+            keys={"layer_norm_eps": "rms_norm_eps"},
+            defaults={
+                "rms_norm_eps": 1e-12,
+                "hidden_act": "gelu",
+                "max_position_embeddings": 512,
+                "type_vocab_size": 2,
+                "tie_word_embeddings": True,
+            },
+            requires={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+        ),
     )
 }
 
@@ -314,7 +337,9 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
 
 def _is_four_bit(method: Any) -> bool:
     """bitsandbytes' 4-bit checkpoints, which are read as they are."""
-    return isinstance(method, dict) and method.get("quant_method") == "bitsandbytes" and bool(method.get("load_in_4bit"))
+    return (
+        isinstance(method, dict) and method.get("quant_method") == "bitsandbytes" and bool(method.get("load_in_4bit"))
+    )
 
 
 class _Reader:
@@ -405,7 +430,39 @@ def _read(family: Family, raw: Mapping[str, Any], where: str) -> ModelConfig:
         bos_id=bos[0] if bos else None,
         eos_ids=read.ids("eos_token_id"),
         pad_id=pad[0] if pad else None,
+        **(_encoder_head(values, read) if family.encoder else {}),
     )
+
+
+_HEADS = {
+    "ForMaskedLM": "mlm",
+    "ForPreTraining": "mlm",
+    "ForTokenClassification": "tokens",
+    "ForSequenceClassification": "sequence",
+    "Model": "embed",
+}
+
+
+def _encoder_head(values: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
+    """Which head the configuration's class name stands for, and its classes."""
+    named = values.get("architectures") or ["BertModel"]
+    name = str(named[0] if isinstance(named, list) else named)
+    head = next((head for ending, head in _HEADS.items() if name.endswith(ending)), None)
+    if head is None:
+        raise ConfigError(f"{read.where}: architecture {name!r} is not implemented; known endings: {', '.join(_HEADS)}")
+    found: dict[str, Any] = {"head": head, "token_types": read.integer("type_vocab_size", most=1 << 16)}
+    if head not in ("tokens", "sequence"):
+        return found
+    by_id = values.get("id2label")
+    if by_id is None:
+        by_id = {i: f"LABEL_{i}" for i in range(read.integer("num_labels", 2, most=1 << 16))}
+    try:
+        labels = tuple(str(by_id[key]) for key in sorted(by_id, key=int))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{read.where}: id2label must map class numbers to names, got {by_id!r}") from error
+    if head == "sequence" and (len(labels) == 1 or values.get("problem_type") == "regression"):
+        found["head"] = "regression"
+    return found | {"labels": labels}
 
 
 def _windows(family: Family, values: Mapping[str, Any], n_layers: int, read: _Reader) -> tuple[int | None, ...]:

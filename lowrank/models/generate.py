@@ -67,6 +67,8 @@ def generate_ids(
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return answers
+    if model.config.head != "causal":  # type: ignore[union-attr]
+        raise ValueError("an encoder does not generate text; load a causal language model")
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens; generation needs at least one")
     embedding: Tensor = model.get_submodule(model.family.names.embed).weight  # type: ignore[union-attr, assignment, arg-type]

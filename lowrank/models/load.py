@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.errors import FileFormatError
 from lowrank.models.checkpoint import Checkpoint, base_hash, open_checkpoint
 from lowrank.models.decoder import Conv1D, Decoder
+from lowrank.models.encoder import Encoder
+from lowrank.models.families import family_of
 from lowrank.models.fetch import quickstart
 from lowrank.models.tokenizer import Tokenizer, tokenizer_of
 from lowrank.quant.formats import parse_format
 from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.tensor import QuantizedTensor
-
 
 KEEP = "keep"
 
@@ -45,8 +46,9 @@ def load(
 ) -> tuple[nn.Module, Tokenizer | None]:
     """(model, tokenizer or None) from "quickstart", a folder or a .gguf file.
 
-    `quantize` (nf4, nf4-dq, ...) rounds every linear layer but the head, from the file's own values in fp32; "keep" takes
-    a GGUF's Q4_0, Q4_1 and Q8_0 blocks (and bitsandbytes' 4-bit weights) as they are stored. `template` is a built-in chat template's name or its text; without it the checkpoint's own is used.
+    `quantize` (nf4, nf4-dq, ...) rounds every linear layer but the head, from the file's own values in fp32; "keep"
+    takes a GGUF's Q4_0, Q4_1 and Q8_0 blocks (and bitsandbytes' 4-bit weights) as they are stored. `template` is a
+    built-in chat template's name or its text; without it the checkpoint's own is used.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
@@ -66,7 +68,7 @@ def load(
         tokenizer = tokenizer.with_template(template)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     with torch.device("meta"):
-        model: nn.Module = Decoder(checkpoint.config)
+        model: nn.Module = (Encoder if family_of(checkpoint.config).encoder else Decoder)(checkpoint.config)
     fill(model, checkpoint, quantize, dtype, where, progress)
     model.origin = Origin(  # type: ignore[assignment]
         path=str(path),
@@ -103,6 +105,11 @@ def fill(
         parent.register_parameter(leaf, nn.Parameter(checkpoint.tensor(path, dtype).to(device)))
     if isinstance(model, Decoder):
         model.tie()
+    if quantize == KEEP and not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            f"{checkpoint.path} has nothing to keep: quantize='keep' is for GGUF files with Q4_0, Q4_1 or Q8_0 weights "
+            "and for bitsandbytes 4-bit checkpoints; choose a format such as nf4-dq"
+        )
 
 
 def check(model: nn.Module, checkpoint: Checkpoint, paths: list[str], tied: set[str]) -> None:
@@ -116,6 +123,8 @@ def check(model: nn.Module, checkpoint: Checkpoint, paths: list[str], tied: set[
                 f"{checkpoint.path}: the tensor for {path} is {list(found)}, its configuration asks for {list(wanted)}"
             )
     left = [n for n in checkpoint.unused(set(paths) | tied) if not n.endswith(IGNORED)]
+    if family_of(checkpoint.config).encoder:  # a checkpoint may carry the heads of other tasks
+        left = [n for n in left if not n.startswith(("cls.", "pooler.", "bert.pooler."))]
     if left:
         raise FileFormatError(
             f"{checkpoint.path} holds {len(left)} tensors that this architecture has no place for: "
@@ -135,7 +144,8 @@ def tied_paths(model: nn.Module) -> set[str]:
 
 def quantizable(layer: nn.Module, path: str, model: nn.Module) -> bool:
     """Linear layers but the head, as `quantize_model` takes them."""
-    return isinstance(layer, nn.Linear | Conv1D) and path != model.family.names.lm_head  # type: ignore[union-attr]
+    head = path.startswith("cls.") or path == model.family.names.lm_head  # type: ignore[union-attr]
+    return isinstance(layer, nn.Linear | Conv1D) and not head
 
 
 def quantized(

@@ -15,6 +15,7 @@ from lowrank.models.checkpoint import GGUFCheckpoint, open_checkpoint, unpermute
 from lowrank.models.families import gguf_name
 from lowrank.models.gguf import FORMATS, GGUF
 from lowrank.models.load import load
+from lowrank.quant.linear import QuantizedLinear
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"
 KINDS = {name: gguf.GGMLQuantizationType[name] for name in (f.name for f in FORMATS.values())}
@@ -201,3 +202,16 @@ def test_damaged_files_give_a_clear_error_or_load(tmp_path: Path) -> None:
             assert "x.gguf" in str(error), error
             refused += 1
     assert refused > 150
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_kept_blocks_are_the_file_s_values_exactly(tmp_path: Path, kind: str) -> None:
+    path = llama_as_gguf(tmp_path / "m.gguf", kind=kind)
+    dense, _ = load(path, dtype=torch.float32, device="cpu", progress=False)
+    kept, _ = load(path, quantize="keep", dtype=torch.float32, device="cpu", progress=False)
+    layers = {name: m for name, m in kept.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == 3 * 6  # down_proj's rows of 112 are no whole blocks and stay dense
+    for name, layer in layers.items():
+        q = layer.quantized
+        assert q.block_size == 32 and q.scales.dtype == torch.float16
+        assert torch.equal(q.dequantize(torch.float32), dense.get_submodule(name).weight), name

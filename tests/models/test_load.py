@@ -162,3 +162,36 @@ def test_a_file_of_the_bare_body(copied) -> None:
 
 def test_public_name() -> None:
     assert lowrank.load is load
+
+
+@pytest.mark.parametrize("name", ["nf4_single", "nf4_double", "fp4"])
+def test_bitsandbytes_checkpoints_are_read_as_they_are(name: str) -> None:
+    folder = MODELS / "bnb4bit" / name
+    model, _ = load(folder, dtype=torch.float32, device="cpu", progress=False)
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected["input_ids"]), expected["logits"], atol=5e-5, rtol=0)
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 14 and model.origin.quantize == "keep"
+    with pytest.raises(ValueError, match=r"quantized already \(bitsandbytes 4 bit\)"):
+        load(folder, quantize="int8", progress=False)
+
+
+def test_a_damaged_bitsandbytes_checkpoint(copied, tmp_path: Path) -> None:
+    source, folder = MODELS / "bnb4bit" / "nf4_double", tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    path = "model.layers.0.mlp.down_proj.weight"
+    for change in (
+        {f"{path}.quant_state.bitsandbytes__nf4": None},
+        {f"{path}.absmax": torch.zeros(3, dtype=torch.uint8)},
+    ):
+        kept = {**tensors, **change}
+        save_file({k: v for k, v in kept.items() if v is not None}, folder / "model.safetensors")
+        with pytest.raises(FileFormatError, match=r"model\.layers\.0\.mlp\.down_proj"):
+            load(folder, progress=False)
+
+
+def test_nothing_to_keep() -> None:
+    with pytest.raises(ValueError, match="has nothing to keep"):
+        load(MODELS / "llama", quantize="keep", progress=False)
