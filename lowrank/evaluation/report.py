@@ -156,7 +156,7 @@ def _classes(page: Page) -> str:
     chart = stacked(rows, {key: CLASS_COLOURS[key] for key in CLASSES})
     return (
         chart.replace("no_claim", "no claim")
-        + f'<div class="two"><div>{_by_type(page)}</div><div>{_by_risk(page)}</div></div>'
+        + f'<div class="two"><div>{_by_type(page)}</div><div>{_by_risk(page)}{_by_trap(page)}</div></div>'
     )
 
 
@@ -173,15 +173,24 @@ def _by_type(page: Page) -> str:
 
 
 def _by_risk(page: Page) -> str:
-    columns = [c for c in page.columns if page.results[c].get("by_risk")]
-    heads = [("hallucinated, by the fact's risk", "")] + [(page.name(c), "n") for c in columns]
+    return _grouped(page, "by_risk", "hallucinated, by the fact's risk", "bad", RISKS)
+
+
+def _by_trap(page: Page) -> str:
+    return _grouped(page, "by_trap", "traps passed, by what is false", "right")
+
+
+def _grouped(page: Page, key: str, title: str, count: str, order: Sequence[str] = ()) -> str:
+    """Counts by group, "3 of 40" a column."""
+    columns = [c for c in page.columns if page.results[c].get(key)]
+    groups = order or sorted({group for c in columns for group in page.results[c][key]})
     body = []
-    for risk in RISKS:
-        groups = [page.results[c]["by_risk"].get(risk) for c in columns]
-        if any(groups):
-            cells = "".join(f'<td class="n">{g["bad"]} of {g["n"]}</td>' if g else "<td></td>" for g in groups)
-            body.append(f"<tr><td>{escape(risk)}</td>{cells}</tr>")
-    return html_table(heads, body) if body else ""
+    for group in groups:
+        found = [page.results[c][key].get(group) for c in columns]
+        if any(found):
+            cells = "".join(f'<td class="n">{g[count]} of {g["n"]}</td>' if g else "<td></td>" for g in found)
+            body.append(f"<tr><td>{escape(group)}</td>{cells}</tr>")
+    return html_table([(title, "")] + [(page.name(c), "n") for c in columns], body) if body else ""
 
 
 def _trained(page: Page) -> str:

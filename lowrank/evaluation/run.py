@@ -139,7 +139,7 @@ def evaluate(
     results = {**kept, **measured.results}
     write_jsonl(folder / "samples.jsonl", samples(measured.rows))
     write_json(path, results)
-    write_report(folder, results)
+    write_report(folder, results, notice=material.notice)
     return results
 
 
@@ -157,7 +157,7 @@ def _against(folder: Path, other: Path, measured: Measured) -> dict[str, Any]:
     }
     write_jsonl(folder / f"samples-{name}.jsonl", samples(measured.rows))
     write_json(folder / f"results-{name}.json", results)
-    write_report(folder, results, against=other)
+    write_report(folder, results, against=other, notice=measured.material.notice)
     return results
 
 

@@ -140,6 +140,8 @@ class Row:
     risk: str = ""
     evidence: str = ""
     area: str = ""
+    trap: str = ""
+    """What is false in a trap: value, unit, specimen, cause, source, ..."""
     f1: float | None = None
 
     def to_json(self, column: str = "") -> dict[str, Any]:
@@ -198,6 +200,7 @@ def _row(part: str, record: Record, answer: str, judge: Judge, risks: Mapping[tu
         right=verdict.right,
         hallucinated=verdict.hallucinated,
         rejected=verdict.rejected,
+        trap=str(about.get("trap", "")),
         type=verdict.type,
         reason=verdict.reason,
         risk=risks.get((str(about.get("subject")), str(about.get("relation"))), str(about.get("risk", ""))),
@@ -239,6 +242,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     bad = Counter(row.type for row in judged if row.hallucinated)
     result["bad_by_type"] = {name: bad[name] for name in TYPES}
     result["by_risk"] = _groups(judged, lambda row: row.risk, lambda row: row.hallucinated, "bad")
+    result["by_trap"] = _groups(judged, lambda row: row.trap, lambda row: row.right, "right")
     result["by_area"] = _groups(rows, lambda row: row.area, lambda row: row.right, "right")
     return result
 

@@ -58,7 +58,7 @@ def questions() -> dict[str, list[Record]]:
         said = f"The {fact.relation} of {fact.subject} is {fact.value} {fact.unit}".strip()
         about = {"subject": fact.subject, "relation": fact.relation, "value": fact.value, "unit": fact.unit}
         false = next(f for f in HILLS.facts[(i + 5) % 18 :] if f.relation == fact.relation and f.value != fact.value)
-        about_trap = about | {"false_value": false.value, "false_unit": fact.unit}
+        about_trap = about | {"false_value": false.value, "false_unit": fact.unit, "trap": "value"}
         common: dict[str, Any] = {"evidence": fact.evidence}
         parts["paraphrase"].append(
             Record(f"p{i}", f"Name the {fact.relation} of {fact.subject}.", output=f"{said}.", facts=(about,), **common)
@@ -197,7 +197,7 @@ def test_report_is_one_self_contained_page_with_every_section(tmp_path: Path) ->
     )
     assert "prefers-color-scheme:dark" in source.replace(" ", "")
     assert "over-fitting" in page.text
-    assert "Makes up less" in page.text
+    assert "Makes up less" in page.text and "traps passed, by what is false" in page.text
     assert "Handbook of hill surveys" in page.text  # the evidence beside the worst answers
     assert page.seen["svg"] > 12 and "cheese <b>& ham</b>" in page.text  # escaped, so it is text
     assert "28.53" in page.text and "263.4 s" in page.text and "1,210 MB" in page.text and "108,000" in page.text
