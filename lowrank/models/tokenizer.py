@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from lowrank.errors import FileFormatError, unknown
+from lowrank.errors import FileFormatError
 from lowrank.files import read_json
 from lowrank.models.checkpoint import Checkpoint, GGUFCheckpoint
+from lowrank.models.gguf_vocabulary import KINDS, adds_bos, build
 from lowrank.models.templates import render, template_text
 
 
@@ -155,85 +155,24 @@ class PieceVocabulary:
         return found if self.inner.id_to_piece(found) == token else None
 
 
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-_LLAMA3_WORDS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = {  # tokenizer.ggml.pre -> (digits stand alone first, the words' pattern)
-    "smollm": (True, _GPT2_WORDS),
-    "starcoder": (True, _GPT2_WORDS),
-    "gpt-2": (False, _GPT2_WORDS),
-    "default": (False, _GPT2_WORDS),
-    "phi-2": (False, _GPT2_WORDS),
-    "llama-bpe": (False, _LLAMA3_WORDS),
-    "llama3": (False, _LLAMA3_WORDS),
-    "qwen2": (False, _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")),
-}
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-
-
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer | None:
     """The tokenizer that a GGUF file carries, None where it has none."""
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None or kind == "no_vocab":
+    if metadata.get("tokenizer.ggml.model") in (None, "no_vocab"):
         return None
-    if kind != "gpt2":
-        raise ValueError(
-            f"{where} has a tokenizer of kind {kind!r}; from GGUF metadata only 'gpt2' (byte-level BPE) is read. "
-            "Put the model's tokenizer.json or tokenizer.model beside the file"
-        )
-    tokens, merges = _strings(metadata, "tokens", where), _strings(metadata, "merges", where)
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(types) != len(tokens):
-        raise FileFormatError(f"{where}: {len(types)} token types for {len(tokens)} tokens")
-    rule = metadata.get("tokenizer.ggml.pre", "default")
-    if rule not in _WORDS:
-        raise unknown(f"pre-tokenizer in {where}:", rule, _WORDS)
-    digits, words = _WORDS[rule]
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise FileFormatError(f"{where}: a merge must be two tokens with a space between them")
-    try:
-        # llama.cpp takes a word that is a token whole, without merging, for Llama 3 alone
-        inner = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: i for i, token in enumerate(tokens)},
-                merges=pairs,  # type: ignore[arg-type]
-                ignore_merges=words is _LLAMA3_WORDS,
-            )
-        )
-    except Exception as error:  # the library raises plain Exceptions
-        raise FileFormatError(f"{where}: the tokenizer's vocabulary and merges do not fit together: {error}") from error
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    steps += [
-        pre_tokenizers.Split(Regex(words), behavior="isolated"),
-        pre_tokenizers.ByteLevel(
-            add_prefix_space=bool(metadata.get("tokenizer.ggml.add_space_prefix")), use_regex=False
-        ),
-    ]
-    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    for kind_, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types) if k == kind_]
-        inner.add_special_tokens(added) if special else inner.add_tokens(added)
+    inner = build(metadata, where)
     ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding", "eot")}
+    size = len(metadata["tokenizer.ggml.tokens"])
     for name, id in ids.items():
-        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
-            raise FileFormatError(f"{where}: {name}_token_id is {id!r}, the vocabulary has {len(tokens)} tokens")
+        if id is not None and not (isinstance(id, int) and 0 <= id < size):
+            raise FileFormatError(f"{where}: {name}_token_id is {id!r}, the vocabulary has {size} tokens")
     return Tokenizer(
-        FastVocabulary(inner, add_bos=ids["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else None),
+        FastVocabulary(inner, add_bos=ids["bos"] if adds_bos(metadata) else None),
         bos_id=ids["bos"],
         eos_id=ids["eos"],
         pad_id=ids["padding"],
         eos_ids=frozenset(id for id in (ids["eos"], ids["eot"]) if id is not None),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
-
-
-def _strings(metadata: dict[str, Any], name: str, where: str) -> list[str]:
-    value = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise FileFormatError(f"{where}: tokenizer.ggml.{name} must be a list of strings")
-    return value
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -316,6 +255,6 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
     beside = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if isinstance(checkpoint, GGUFCheckpoint):
         kind = checkpoint.gguf.metadata.get("tokenizer.ggml.model")
-        if kind == "gpt2" or (kind is not None and not beside):
+        if kind in KINDS or (kind is not None and not beside):
             return gguf_tokenizer(checkpoint.gguf.metadata, str(checkpoint.path))
     return load_tokenizer(folder) if beside else None

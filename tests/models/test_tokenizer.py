@@ -67,8 +67,8 @@ def test_same_hash_for_the_same_rules_only(smollm2_file: Path) -> None:
     ("changes", "message"),
     [
         ({"tokenizer.ggml.pre": "smolm"}, "did you mean 'smollm'"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.json or tokenizer.model"),
-        ({"tokenizer.ggml.tokens": "abc"}, "list of strings"),
+        ({"tokenizer.ggml.model": "t5"}, r"tokenizer\.json or tokenizer\.model"),
+        ({"tokenizer.ggml.tokens": "abc"}, "list of str values"),
         ({"tokenizer.ggml.token_type": [1]}, "1 token types for 4 tokens"),
         ({"tokenizer.ggml.merges": ["ab"]}, "two tokens with a space"),
         ({"tokenizer.ggml.merges": ["a z"]}, "do not fit together"),
@@ -104,3 +104,30 @@ def test_no_tokenizer_and_no_template(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="with_template"):
         load_tokenizer(FIXTURES / "test_model.model").apply_chat_template([{"role": "user", "content": "a"}])
+
+
+def test_sentencepiece_bpe_from_gguf_metadata() -> None:
+    """Scores decide, not the order of the text: "ab" before "bc"; bytes for what is in no token; runs of spaces."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    types = [2, 3, 3] + [6] * 256
+    scores = [0.0] * len(tokens)
+    pieces = ["▁", "a", "b", "c", "bc", "ab", "▁ab", "▁▁"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*tokens, *pieces],
+        "tokenizer.ggml.scores": [*scores, -90.0, -91.0, -92.0, -93.0, -3.0, -2.0, -4.0, -1.0],
+        "tokenizer.ggml.token_type": types + [1] * len(pieces),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = gguf_tokenizer(metadata, "x.gguf")
+    assert tokenizer is not None
+    names = [tokenizer.vocabulary.token(i) for i in tokenizer.encode("abc")]
+    assert names == ["▁ab", "c"]
+    assert tokenizer.encode("a", add_special=True)[0] == 1 and tokenizer.encode("a")[0] != 1
+    for text in ("abc", "a  b", "é", "héab 你", "a\nb"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a</s>", parse_special=True)[-1] == 2 and 2 not in tokenizer.encode("a</s>")
+    with pytest.raises(FileFormatError, match="1 scores for 267 tokens"):
+        gguf_tokenizer({**metadata, "tokenizer.ggml.scores": [1.0]}, "x.gguf")
