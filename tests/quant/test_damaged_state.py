@@ -119,6 +119,15 @@ def test_each_missing_key_is_named(layout: str) -> None:
         assert key.replace("quant_state.bitsandbytes__fp4", "quant_state.bitsandbytes__nf4") in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["a.weight.quant_map", "a.weight.nested_quant_map"])
+def test_another_table_is_refused(key: str) -> None:
+    """Kernels have the tables built in: accepting another one would decode to something else without a word."""
+    state = QuantizedTensor.quantize(torch.randn(6, 70), "nf4-dq", 32).state_dict("a.weight")
+    state[key][3] += 1e-3
+    with pytest.raises(ValueError, match=rf"{key} is not the table of"):
+        QuantizedTensor.from_state_dict(state, "a.weight")
+
+
 def test_a_length_that_does_not_fit_the_shape_is_named() -> None:
     state = QuantizedTensor.quantize(torch.randn(6, 70), "nf4", 32).state_dict("a.weight")
     state["a.weight"] = state["a.weight"][:-1]

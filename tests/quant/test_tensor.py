@@ -79,6 +79,16 @@ def test_a_code_stays_in_range_where_its_fp16_scale_was_rounded_down(format: str
     assert ((w - q.dequantize()).abs() <= bounds.elementwise(q)).all()
 
 
+@pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
+def test_what_fills_up_a_partial_affine_block_does_not_count(shift: float) -> None:
+    w = torch.linspace(0.5, 1, 40) + shift
+    part, alone = (
+        QuantizedTensor.quantize(w, "int4-affine", 32),
+        QuantizedTensor.quantize(w[32:].repeat(4), "int4-affine", 32),
+    )
+    assert part.scales[1] == alone.scales[0] and part.zeros[1] == alone.zeros[0]
+
+
 def test_sizes_count_codes_scales_and_second_level() -> None:
     w = torch.randn(512, 256)
     blocks = w.numel() // 64
