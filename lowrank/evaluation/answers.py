@@ -34,9 +34,11 @@ from lowrank.evaluation.wording import (
     NO,
     NO_SUCH,
     PREMISE_IS_WRONG,
+    QUOTE,
     QUOTED,
     SCOPE_END,
     THAT_IS_TRUE,
+    WORD,
     YEAR,
     YES,
     YES_AT_END,
@@ -121,6 +123,7 @@ class Judge:
                 self.phrases.setdefault(fact.relation, []).append(fact.value)
             else:
                 self.quantities[fact.subject, fact.relation] = quantity
+        self.relations = frozenset(word for fact in self.facts for word in _words(fact.relation))
         self.units = frozenset(normalise(fact.unit) for fact in self.facts if fact.unit)
         self.evidence = normalise(" ".join(sorted({fact.evidence for fact in self.facts})))
 
@@ -179,6 +182,7 @@ class _Reading:
         ends = [m.end() for m in re.finditer(r"[!?;\n]+|\.(?!\d)(?<!al\.)(?<!e\.g\.)(?<!i\.e\.)", text)] + [len(text)]
         self.sentences = [(a, b) for a, b in zip([0, *ends], ends) if text[a:b].strip()]
         self.modest = self.abstentions()
+        self.quoted = [m.span() for m in QUOTE.finditer(text) if len(m[0].split()) > 3]
         self.quantities = quantities(text, judge.units)
         self.mentions = self.find_phrases()
         self.mentions += self.find_quantities()
@@ -304,7 +308,7 @@ class _Reading:
         """asserted, denied or neutral."""
         a, b = self.sentence(start)
         before, after = self.text[a:start], self.text[end:b]
-        if any(x <= start < y for x, y in self.modest):
+        if any(x <= start < y for x, y in (*self.modest, *self.quoted)):
             return "neutral"
         for match in reversed(list(NEGATOR.finditer(before))):
             gap = before[match.end() :]
@@ -343,7 +347,8 @@ class _Reading:
             if what == "beside":  # rule 12: accepted beside the true value, or where its own relation is named
                 a, b = self.sentence(mention.start)
                 named = self.beside[mention.text] & set(re.findall(r"[a-z]+", self.text[a:b]))
-                what = "aside" if named or not phrase or "true" in stated else "other"
+                in_place = phrase and not self.content(a, b)  # the sentence says nothing else
+                what = "other" if in_place and not named and "true" not in stated else "aside"
             claims.append((what, how, mention))
         asserted = {what: mention for what, how, mention in claims if how == "asserted" and what != "aside"}
         denied = {what for what, how, _ in claims if how == "denied"}
@@ -465,21 +470,26 @@ class _Reading:
                 if m is not mention and m.start < offset + match.end(1) and m.end > offset + match.start(1)
             ]
             words = match[1].split()
-            if not inside and all(self.is_content(word) for word in words) and self.relation not in words:
+            if not inside and all(self.is_content(word) for word in words) and not self.judge.relations & set(words):
                 return match[1].strip()
         return ""
 
     def left_over(self) -> list[str]:
         """Rule 15: the asserted words that nothing explains."""
+        words = self.content(0, len(self.text))
+        return [m[0] for m in words if self.polarity(m.start(), m.end()) == "asserted"]
+
+    def content(self, start: int, end: int) -> list[re.Match[str]]:
+        """The words of a stretch that are no mention, no abstention, and say something by themselves."""
         spans = [(m.start, m.end) for m in self.mentions] + self.modest
-        relation = _words(self.relation)
-        words = []
-        for match in re.finditer(r"[a-z][a-z-]+", self.text):
-            if any(x <= match.start() < y for x, y in spans) or match[0] in relation or not self.is_content(match[0]):
-                continue
-            if self.polarity(match.start(), match.end()) == "asserted":
-                words.append(match[0])
-        return words
+        relations = self.judge.relations | _words(self.relation)
+        return [
+            match
+            for match in WORD.finditer(self.text, start, end)
+            if match[0] not in relations
+            and self.is_content(match[0])
+            and not any(x <= match.start() < y for x, y in spans)
+        ]
 
 
 def _clear(match: re.Match[str], mentions: Iterable[Mention]) -> bool:

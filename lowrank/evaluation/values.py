@@ -11,6 +11,7 @@ NUMBER_WORDS = {name: str(number) for number, name in enumerate(NUMBER_NAMES, st
 SPELLING = [
     (r"[‐‑‒–—−]", "-"),
     (r"[’‘`´]", "'"),
+    (r"[“”„«»]", '"'),
     (r"≤", "<="),
     (r"≥", ">="),
     (r"[×]|\bx(?= ?10\b)", "x"),

@@ -21,9 +21,12 @@ DENIED_AFTER = re.compile(
 )
 QUOTED = re.compile(
     r"\b(?:you (?:say|said|mention|mentioned|state|stated|claim|claimed|think|thought|assume|assumed|believe|ask|asked)"
-    r"|(?:claim|statement|premise|assumption|idea|belief|suggestion)s?(?: \w+){0,2} (?:that|of)|if|whether|unless)\b"
+    r"|(?:claim|statement|premise|assumption|idea|belief|suggestion)s?(?: \w+){0,2} that|if|whether|unless)\b"
     r"[^,;:]*$"
 )
+
+QUOTE = re.compile(r'"[^"]*(?:"|$)')
+WORD = re.compile(r"[a-z][a-z-]+")
 
 YES = re.compile(
     r"^\W*(?:(?:yes|yeah|correct|right|true|exactly|certainly|of course)\s*(?:[,.;:!-]|$)"
@@ -85,6 +88,13 @@ FUNCTION_WORDS = frozenset(
     true type typical typically under until up upon us use used using usual usually value values various vary varies
     very was way we well were what when where whether which while who whose why will with within without would yes yet
     you your answer provider adult person people patient correct wrong incorrect false called interval healthy common
+    glad happy hear hope let discuss explain understand understanding analyze verify confirm describe mention report
+    reporting provide include includes including follow following follows find create consider involve involves
+    sentence statement topic idea view viewpoint opinion perspective context structure term terms word words phrase
+    textbook explanation reason answering important essential crucial key complex interesting fascinating clear simple
+    easy difficult great best better new first second last next step way ways issue problem thing things case cases
+    fact facts matter meaning open-minded willing learn student students colleague colleagues teacher doctors experts
+    medical condition conditions situation situations process processes
     """,
     )
 )
