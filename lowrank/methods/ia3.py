@@ -20,6 +20,9 @@ class IA3Config:
     on_input: bool = False
     """Scale the input of each layer (`feedforward` sets it for its own)."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feedforward", tuple(self.feedforward))  # JSON and YAML give lists
+
     def at(self, path: str) -> "IA3Config":
         inside = any(path == name or path.endswith(f".{name}") for name in self.feedforward)
         return replace(self, on_input=self.on_input or inside)
