@@ -97,50 +97,66 @@ class KVCache:
 
 
 class _Spread(torch.autograd.Function):
-    """Rows to their places in a larger tensor, zeros elsewhere; backward takes them back."""
+    """The first rows to their places in a larger tensor, zeros elsewhere; backward takes them back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(index)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
+        ctx.shape = x.shape
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x[: len(index)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, *ctx.saved_tensors), None, None
+        return _collected(grads[0], *ctx.saved_tensors, ctx.shape), None, None
 
 
 class _Collect(torch.autograd.Function):
     """The inverse of _Spread."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape = x.shape
-        return x.index_select(0, index)
+        return _collected(x, index, (rows, *x.shape[1:]))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        index = ctx.saved_tensors[0]
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, index, grads[0][: len(index)]), None, None
+
+
+def _collected(x: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    out = x.new_empty(shape)
+    torch.index_select(x, 0, index, out=out[: len(index)])
+    out[len(index) :] = 0
+    return out
+
+
+def rounded_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 class Packing:
     """A padded batch without its padding: linear layers and norms then work on the N real tokens alone.
 
     Attention gets its rows back: real tokens first, where plain causal attention needs no mask at all, or, for a cache,
-    as the batch came.
+    as the batch came. N is filled up to a multiple of 64 and the rows of attention to one of 8: oneDNN keeps about half
+    a megabyte of code for each new shape of a product, so that every length its own would cost 700 MB in 80 steps.
     """
 
     def __init__(self, mask: Tensor, align: bool) -> None:
         self.batch, self.width = mask.shape
         self.given = self.aligned = mask.flatten().nonzero()[:, 0]  # (N,) places in the batch as it came
+        self.filled = rounded_up(len(self.given), 64)
+        self.taken = F.pad(self.given, (0, self.filled - len(self.given)))  # filled up with the first token
         if align:
-            self.width = int(mask.sum(dim=1).max())
+            self.width = rounded_up(int(mask.sum(dim=1).max()), 8)
             place = mask.long().cumsum(dim=1) - 1 + torch.arange(self.batch, device=mask.device)[:, None] * self.width
             self.aligned = place.flatten()[self.given]  # (N,) places in (B, W), each row's tokens first
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)"""
-        return x.flatten(0, 1)[self.given][None]
+        return x.flatten(0, 1)[self.taken][None]
 
     def unpack(self, x: Tensor, tokens: int) -> Tensor:
         """(1, N, D) -> (B, T, D), zeros where the padding was"""
@@ -152,7 +168,7 @@ class Packing:
 
     def collect(self, x: Tensor) -> Tensor:
         """(B, W, D) -> (1, N, D)"""
-        return _Collect.apply(x.flatten(0, 1), self.aligned)[None]  # type: ignore[no-untyped-call, no-any-return]
+        return _Collect.apply(x.flatten(0, 1), self.aligned, self.filled)[None]  # type: ignore[no-untyped-call, no-any-return]
 
     def _spread(self, x: Tensor, index: Tensor, width: int) -> Tensor:
         full: Tensor = _Spread.apply(x, index, self.batch * width)  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
 """Text generation: batched, left-padded, with a cache of keys and values allocated once.
 
-Rows that are finished leave the batch, an eighth of it at a time (each time copies the cache of those that stay).
+Rows that are finished leave the batch, eight at a time: leaving copies the cache of those that stay, and each new size
+of the batch costs memory (see decoder.Packing).
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.models.decoder import KVCache, positions_from_mask
+from lowrank.models.decoder import KVCache, positions_from_mask, rounded_up
 from lowrank.models.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
@@ -95,7 +96,8 @@ def generate_ids(
                 break
             positions = positions[:, -1:] + 1
             alive = [i for i, row in enumerate(rows) if not done[row]]
-            if len(rows) - len(alive) >= max(1, len(rows) // 8):
+            if rounded_up(len(alive), 8) < len(rows):
+                alive = sorted(alive + [i for i in range(len(rows)) if done[rows[i]]][: -len(alive) % 8])
                 keep = torch.tensor(alive, device=device)
                 cache.keep(keep)
                 positions, mask, rows, chosen = (

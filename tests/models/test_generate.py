@@ -26,6 +26,14 @@ def test_an_end_stops_its_row_and_no_other(tiny: nn.Module) -> None:
     assert done == sorted(done) and done[-1] == len(PROMPTS)
 
 
+def test_many_rows_leave_the_batch_in_eights(tiny: nn.Module) -> None:
+    free = generate_ids(tiny, PROMPTS, 20)
+    ends = {free[0][4], free[2][9], free[1][2]}
+    wanted = [row[: next((i for i, id in enumerate(row) if id in ends), 20)] for row in free]
+    assert len({len(row) for row in wanted}) > 2
+    assert generate_ids(tiny, PROMPTS * 6, 20, ends) == wanted * 6
+
+
 def test_sampling_is_exact_by_seed_and_row_i_draws_from_seed_plus_i(tiny: nn.Module) -> None:
     options = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
     batch = generate_ids(tiny, PROMPTS, 12, seed=3, **options)
