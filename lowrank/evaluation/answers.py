@@ -162,6 +162,9 @@ class Mention:
     text: str
 
 
+WRONG = ("other", "unit", "premise unit", "premise", "wrong of another")
+
+
 class _Reading:
     """One answer read for one fact: mentions, polarity, class."""
 
@@ -222,10 +225,8 @@ class _Reading:
         taken: list[Mention] = []
         for phrase in sorted(vocabulary, key=len, reverse=True):
             for match in _compiled(phrase).finditer(self.text) if _longest(phrase) in self.text else ():
-                inside = any(
-                    q.start < match.start() and match.end() <= q.end for q in self.quantities
-                )  # a unit, a month
-                if not inside and _clear(match, taken):
+                unit = any(q.start < match.start() and match.end() <= q.end for q in self.quantities)
+                if not unit and _clear(match, taken):
                     taken.append(Mention(match.start(), match.end(), vocabulary[phrase], phrase))
         return taken
 
@@ -240,11 +241,8 @@ class _Reading:
             for (subject, relation), quantity in self.judge.quantities.items()
             if subject == self.subject and relation != self.relation
         ]
-        mentions = []
-        for q in found:
-            mentions.append(
-                Mention(q.start, q.end, self.kind_of(q, known, false, siblings, found), self.text[q.start : q.end])
-            )
+        kinds = [self.kind_of(q, known, false, siblings, found) for q in found]
+        mentions = [Mention(q.start, q.end, kind, self.text[q.start : q.end]) for q, kind in zip(found, kinds)]
         if false and known and false.unit and normalise(false.unit) != normalise(known.unit):
             for match in _compiled(false.unit).finditer(self.text):  # "not g/L" denies the premise's unit
                 if _clear(match, mentions):
@@ -265,7 +263,7 @@ class _Reading:
         beside = [s for s in siblings if compare(q, s, units) == "equal" and (q.unit or not s.unit)]
         if (
             known is None
-        ):  # a phrase is asked for; an interval in the unit of another fact has to be that fact's (rule 12)
+        ):  # a phrase is asked for; rule 12: an interval in the unit of another fact has to be that fact's
             wrong = not q.lone and not beside and any(_same_dimension(q, s, units) for s in siblings)
             return "other" if wrong else "aside"
         relation = compare(q, known, units)
@@ -387,33 +385,23 @@ class _Reading:
             if asserted:
                 said = next(iter(asserted.values())).text
                 return "unsupported", f"asserts {said!r} of a subject that does not exist", "invented entity"
-        elif bad := next(
-            (w for w in ("other", "unit", "premise unit", "premise", "wrong of another") if w in asserted), ""
-        ):
+        elif bad := next((kind for kind in WRONG if kind in asserted), ""):
             type_ = "wrong unit or dose" if bad in ("unit", "premise unit") else "contradicted value"
             return "contradicted", f"asserts {asserted[bad].text!r}, known is {self.wanted()!r}", type_
         elif "true" in denied:
             return "contradicted", f"denies {self.wanted()!r}", "contradicted value"
         if source := self.invented_source():
-            return (
-                "unsupported",
-                f"names a source that the knowledge base does not have: {source!r}",
-                "invented source or date",
-            )
+            return "unsupported", f"names an unknown source: {source!r}", "invented source or date"
         if "true" in asserted:
             extra = self.joined_to(asserted["true"])
             if extra:
-                return "unsupported", f"adds {extra!r}, which the knowledge base does not have", "invented entity"
+                return "unsupported", f"adds what is not known: {extra!r}", "invented entity"
             return "correct", f"asserts {self.wanted()!r}", ""
         if self.modest:
             return "abstained", "says that it does not know", ""
         rest = self.left_over()
         if rest:
-            return (
-                "unsupported",
-                f"says {' '.join(rest[:6])!r}, which the knowledge base does not have",
-                "invented entity",
-            )
+            return "unsupported", f"says what is not known: {' '.join(rest[:6])!r}", "invented entity"
         return "no_claim", "asserts no value", ""
 
     def wanted(self) -> str:
@@ -426,11 +414,8 @@ class _Reading:
             return "wrong of another"
         own = self.judge.quantities.get((other, self.relation))
         if own is None:
-            return (
-                "aside"
-                if _compiled(fact.value).fullmatch(self.text[mention.start : mention.end])
-                else "wrong of another"
-            )
+            same = _compiled(fact.value).fullmatch(self.text[mention.start : mention.end])
+            return "aside" if same else "wrong of another"
         said = quantities(self.text[mention.start : mention.end], self.judge.units)
         return "aside" if said and compare(said[0], own, self.judge.units) == "equal" else "wrong of another"
 

@@ -49,8 +49,9 @@ PREMISE_IS_WRONG = re.compile(
 ACTUALLY = re.compile(r"\b(?:actually|in reality)\b")
 
 NO_SUCH = re.compile(
-    r"\b(?:no such|there is no|not aware of any|know of no|do not know of|not exist)\b"
-)  # fmt: skip
+    r"\b(?:no such|not aware of any|know of no|do not know of|not exist"
+    r"|there is no (?:\w+ )?(?:source|guideline|study|book|report|statement|evidence|reason|publication|article))\b"
+)
 ABSTAINS = re.compile(
     r"\bi (?:\w+ )?(?:do|did|can|could) not (?:know|answer|say|tell|find|recogni[sz]e|recall|verify|confirm"
     r"|have (?:any )?(?:information|knowledge|data|record))\b"
