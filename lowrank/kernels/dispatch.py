@@ -87,3 +87,12 @@ def use_triton(*tensors: Tensor) -> bool:
             "or set LOWRANK_KERNELS=ref"
         )
     return True
+
+
+def describe() -> dict[str, str]:
+    """What `lowrank doctor` prints about kernels."""
+    version = f"Triton {triton.__version__}" if INSTALLED else "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        version += ", interpreted"
+    runs = {"auto": "Triton on a GPU, the plain reference on a CPU", "ref": "the plain reference", "triton": "Triton"}
+    return {"kernels": f"{runs[mode()]} (LOWRANK_KERNELS={mode()}; {version})"}

@@ -57,3 +57,12 @@ def packed_product_works() -> bool:
         return False
     want = x.float() @ q.dequantize(torch.float32).T
     return bool((got - want).norm() < 0.02 * want.norm())
+
+
+def describe() -> dict[str, str]:
+    """What `lowrank doctor` prints about quantized weights on a CPU."""
+    packed = "torch's packed product" if packed_product_works() else "decoded (torch has no packed product here)"
+    return {
+        "quantized weights": "decoded by table gathers in eager torch, nothing is compiled",
+        "int4 at fewer than 8 rows": packed,
+    }

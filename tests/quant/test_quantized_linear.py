@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank.quant.linear import QuantizedLinear, linear, quantize_model
+from lowrank.quant.linear import QuantizedLinear, decoded, linear, quantize_model
 from lowrank.quant.tensor import QuantizedTensor
 
 FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int4", "int4-affine")
@@ -66,6 +66,23 @@ def test_parts_are_frozen_parameters_of_the_layer() -> None:
     assert not any(p.requires_grad for p in layer.parameters())
     layer.codes = nn.Parameter(torch.zeros_like(layer.codes), requires_grad=False)  # what sharding does
     assert layer.quantized.codes.sum() == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_using_a_layer_never_changes_how_it_is_stored(format: str) -> None:
+    """Generate, then train, then decode: eval mode, kept weights, two dtypes. Nothing is repacked in place."""
+    torch.manual_seed(0)
+    layer = QuantizedLinear(QuantizedTensor.quantize(torch.randn(32, 96), format)).eval()
+    before = {name: part.clone() for name, part in layer.quantized.parts().items()}
+    dense = layer.quantized.dequantize(torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.no_grad(), decoded(layer):
+            layer(torch.randn(2, 96, dtype=dtype))
+        x = torch.randn(2, 96, dtype=dtype, requires_grad=True)
+        layer.train()(x).sum().backward()
+        assert x.grad is not None and x.grad.abs().sum() > 0
+    assert all(torch.equal(part, before[name]) for name, part in layer.quantized.parts().items())
+    assert torch.equal(layer.quantized.dequantize(torch.float32), dense)
 
 
 @pytest.mark.parametrize("format", FORMATS)
