@@ -208,11 +208,13 @@ AIMS = {"attach": "5x", "forward": f"half of theirs; limit {100 * LIMIT:.1f} %",
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=30, help="fewer for a quick look on a busy machine")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="single,mixed,hundred", help="parts to run, separated by commas")
     parser.add_argument("--rows", action="store_true", help="append the result to bench/results/adapters.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    SHAPE["num_hidden_layers"] = arguments.layers
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "single": lambda: attach_and_forward(arguments.repeats),
         "mixed": lambda: {f"mixed {n}": mixed(arguments.repeats, n) for n in (1, 32)},
@@ -228,7 +230,12 @@ def main() -> None:
     if arguments.rows:
         target = Path(__file__).parent / "results" / "adapters.jsonl"
         target.parent.mkdir(exist_ok=True)
-        where = {"machine": platform.machine(), "threads": arguments.threads, "torch": torch.__version__}
+        where = {
+            "machine": platform.machine(),
+            "threads": arguments.threads,
+            "layers": arguments.layers,
+            "torch": torch.__version__,
+        }
         where["peft"] = None if peft is None else peft.__version__
         with open(target, "a", encoding="utf-8") as file:
             file.write(json.dumps(where | rows) + "\n")

@@ -225,3 +225,22 @@ def table(verdicts: list[Verdict]) -> str:
     """One line a theorem: proved, FAILS with the reason, or - where it does not apply."""
     marks = {True: "proved", False: "FAILS", None: "-"}
     return "\n".join(f"{marks[v.holds]:<7} {v.theorem}{f': {v.detail}' if v.detail else ''}" for v in verdicts)
+
+
+def run(where: str) -> int:
+    """`lowrank adapters test`: prove one method, show the table, and return 0 if every theorem holds."""
+    verdicts = check(load_method(where))
+    print(table(verdicts))
+    broken = sum(v.holds is False for v in verdicts)
+    print(f"{broken} of {len(verdicts)} theorems fail" if broken else "every theorem that applies is proved")
+    return int(broken > 0)
+
+
+def listing() -> str:
+    """`lowrank adapters list`: name, place, what it states of itself, and the paper."""
+    lines = []
+    for name, method in sorted(METHODS.items()):
+        states = [word for word in ("mergeable", "identity_at_init", "edits_base") if getattr(method, word)]
+        paper = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0]
+        lines.append(f"{name:<10} {method.place:<16} {', '.join(states):<42} {paper}")
+    return "\n".join(lines)

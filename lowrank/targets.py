@@ -318,7 +318,7 @@ def _build(method: type[Adapter], config: Any, base: nn.Module, path: str) -> Ad
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     parameter = next(base.parameters(), None)
-    return adapter if parameter is None else adapter.to(parameter.device)
+    return adapter if parameter is None or parameter.device.type == "cpu" else adapter.to(parameter.device)
 
 
 def _warn_of_rank(config: Any, adapters: dict[str, Adapter], layers: dict[str, nn.Module]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank
 from lowrank.adapter import METHODS
-from lowrank.conformance import check, load_method, table
+from lowrank.conformance import check, listing, load_method, run, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 
@@ -43,6 +43,23 @@ def test_the_file_of_the_page_is_a_method(mine, tmp_path) -> None:
     lowrank.detach(model)
     lowrank.load_adapter(model, tmp_path / "saved")
     assert torch.equal(model(x), y)
+
+
+def test_the_command_shows_the_theorems_and_says_whether_they_hold(mine, capsys) -> None:
+    assert run(f"{mine}:Reflect") == 0
+    shown = capsys.readouterr().out
+    assert "proved  merge == forward, square and not" in shown and "every theorem that applies is proved" in shown
+    broken = mine.with_name("broken.py")
+    broken.write_text(mine.read_text().replace("weight - self.s", "weight - 2 * self.s").replace("reflect", "broken"))
+    assert run(f"{broken}:Reflect") == 1
+    assert "FAILS   merge == forward, square and not: 24 -> 40: off by" in capsys.readouterr().out
+    METHODS.pop("broken", None)
+
+
+def test_the_listing_names_every_method_with_its_paper() -> None:
+    lines = listing().splitlines()
+    assert [line.split()[0] for line in lines] == sorted(METHODS)
+    assert any("arXiv:2106.09685" in line for line in lines)
 
 
 def test_a_method_of_the_package_is_found_by_name() -> None:
