@@ -49,6 +49,17 @@ def _pairs(format: str, device: torch.device) -> Tensor:
     return torch.stack((first, second), dim=1).view(torch.int64).view(-1).to(device)
 
 
+@cache
+def _fours(format: str, device: torch.device) -> Tensor:
+    """The four fp32 values of two bytes that are read as one little-endian 16-bit number.  -> (65536, 4), 1 MB
+
+    A table of two dimensions: index_select then copies rows, and divides them among threads as the operations behind it
+    do. 1536 x 576 to bf16 took 0.49 ms so, and 1.38 ms by pairs (2 threads of an AMD EPYC with AVX-512).
+    """
+    pairs = _pairs(format, device).view(torch.float32).view(256, 2)
+    return torch.cat((pairs.repeat(256, 1), pairs.repeat_interleave(256, dim=0)), dim=1)
+
+
 def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, block_size: int) -> None:
     """Fill the flat contiguous `out` (n,) of any float dtype; scales (N,) are fp32 or fp16, no longer quantized."""
     numel, device = out.numel(), out.device
@@ -61,9 +72,13 @@ def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: 
         if format == "int8":
             values.copy_(codes[start:end].view(torch.int8))
         else:
-            index = workspace.take("index", (end - start) // 2, torch.int32, device)
-            index.copy_(codes[start // 2 : end // 2])
-            torch.index_select(_pairs(format, device), 0, index, out=values.view(torch.int64))
+            bytes_ = codes[start // 2 : end // 2]
+            if bytes_.storage_offset() % 2 == 0:
+                index = workspace.take("index", (end - start) // 4, torch.int32, device).copy_(bytes_.view(torch.uint16))
+                torch.index_select(_fours(format, device), 0, index, out=values.view(-1, 4))
+            else:  # a view that begins at an odd address of a larger tensor
+                index = workspace.take("index", (end - start) // 2, torch.int32, device).copy_(bytes_)
+                torch.index_select(_pairs(format, device), 0, index, out=values.view(torch.int64))
         rows = values.view(-1, block_size)
         rows.mul_(scales[first:last, None])
         if zeros is not None:
