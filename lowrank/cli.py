@@ -1,7 +1,7 @@
 """The `lowrank` command; `train.py` and `eval.py` call into it.
 
-Each sub-command is a function that takes the parsed arguments, imports what it needs and returns an exit status, so that
-`lowrank --help` is quick. An error of the user's making is one message and status 2, without a traceback.
+Each sub-command is a function that takes the parsed arguments, imports what it needs and returns an exit status, so
+that `lowrank --help` is quick. An error of the user's making is one message and status 2, without a traceback.
 """
 
 import argparse
@@ -97,6 +97,46 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", choices=("dense", "nf4"), default="dense")
     command.add_argument("--force", action="store_true", help="merge even where little of the update survives")
 
+    command = add(
+        "export",
+        _export,
+        "Write a run's adapter for other tools.",
+        "lowrank export runs/quickstart-001 --format peft --to my-peft",
+    )
+    command.add_argument("run_folder", metavar="RUN")
+    command.add_argument("--format", choices=("peft",), default="peft", help="peft: a folder that PEFT and vLLM load")
+    command.add_argument("--to", metavar="FOLDER", help="where to (default: RUN/export-FORMAT)")
+
+    command = add(
+        "adapters", _adapters, "List the adapter methods, or prove one.",
+        "lowrank adapters list\n         lowrank adapters test ./mine.py:MyMethod",
+    )  # fmt: skip
+    command.add_argument("action", choices=("list", "test"))
+    command.add_argument("method", nargs="?", help="for test: a registered name, or FILE.py:Class")
+
+    command = add(
+        "quant",
+        _quant,
+        "Measure what quantization does to a model.",
+        "lowrank quant report quickstart --format nf4-dq,int8",
+    )
+    command.add_argument("action", choices=("report",))
+    command.add_argument("model", metavar="MODEL", help='"quickstart", a folder, or a GGUF file')
+    command.add_argument("--format", default="nf4-dq,nf4,fp4,int4,int4-affine,int8", help="comma-separated formats")
+    command.add_argument("--block-size", type=int, default=64)
+    command.add_argument("--text", metavar="FILE", help="also the perplexity of this text in each format")
+    command.add_argument("--plot", metavar="FILE.png", help="relative error of each weight as a picture")
+
+    command = add(
+        "domain", _domain, "Write a domain's questions from a knowledge base.",
+        "lowrank domain build my_kb.jsonl --templates my_templates.yaml --to my-domain",
+    )  # fmt: skip
+    command.add_argument("action", choices=("build",))
+    command.add_argument("knowledge", metavar="KB.jsonl")
+    command.add_argument("--templates", metavar="FILE.yaml", help="wordings (default: the bundled ones)")
+    command.add_argument("--to", metavar="FOLDER", default="domain", help="where the records go (default: domain)")
+    command.add_argument("--seed", type=int, default=0)
+
     command = add("doctor", _doctor, "Versions, devices, and what will be used.", "lowrank doctor")
     return top
 
@@ -167,6 +207,60 @@ def _merge(args: argparse.Namespace) -> int:
     for path, share in sorted(report.survival.items(), key=lambda item: item[1]):
         print(f"{share:8.2%}  {path}")
     print(report)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from lowrank.store import save_adapter
+    from lowrank.training.reopen import reopen
+
+    folder = args.to or f"{args.run_folder}/export-{args.format}"
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise ConfigError(f"{folder} is not empty: choose another folder with --to")
+    model, _ = reopen(args.run_folder)
+    save_adapter(model, folder, "default", format=args.format)
+    print(f"wrote {folder}")
+    return 0
+
+
+def _adapters(args: argparse.Namespace) -> int:
+    from lowrank import conformance, targets
+
+    if args.action == "list":
+        for name, method in sorted(targets.METHODS.items()):
+            marks = ", ".join(word for word in ("mergeable", "identity_at_init", "edits_base") if getattr(method, word))
+            first = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0]
+            print(f"{name:<14} {method.place:<17} {marks:<40} {first}")
+        return 0
+    if args.method is None:
+        raise ConfigError("adapters test needs a method: a registered name, or FILE.py:Class")
+    verdicts = conformance.check(conformance.load_method(args.method))
+    print(conformance.table(verdicts))
+    return 1 if any(verdict.holds is False for verdict in verdicts) else 0
+
+
+def _quant(args: argparse.Namespace) -> int:
+    from lowrank.evaluation.quantization import report_of
+
+    formats = tuple(name for name in args.format.split(",") if name)
+    report = report_of(args.model, formats, args.block_size, args.text)
+    print(report.text())
+    if args.plot and not report.plot(args.plot):
+        raise ConfigError('--plot needs matplotlib: pip install "lowrank-engine[eval]"')
+    return 0
+
+
+def _domain(args: argparse.Namespace) -> int:
+    from lowrank.data.knowledge import read_knowledge
+    from lowrank.data.questions import domain
+    from lowrank.data.templates import BUNDLED, read_templates
+
+    templates = read_templates(args.templates or BUNDLED)
+    questions = domain(Path(args.knowledge).stem, read_knowledge(args.knowledge), templates).build(args.seed)
+    questions.write(args.to)
+    for split, counts in questions.counts().items():
+        print(f"{split}: {', '.join(f'{n} {part}' for part, n in counts.items())}")
+    print(f"wrote {args.to}; train on it: lowrank train quickstart data.path={args.to}/train.jsonl")
     return 0
 
 

@@ -8,7 +8,10 @@ GENERAL_LOSSES = ("kl", "ce")
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = "labtests-quick"
-    """A bundled domain ("labtests", "labtests-quick") or a JSONL file of records."""
+    """A bundled domain ("labtests", "labtests-quick"), a file of records, or (with `templates`) a knowledge base."""
+
+    templates: str | None = None
+    """A YAML file of wordings: data.path is then a knowledge base, and questions are written from it."""
 
     validation: str | None = None
     """A JSONL file of records for the validation loss; bundled domains bring their own."""

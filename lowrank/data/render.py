@@ -1,6 +1,6 @@
 """The one way from a record to tokens, for training, evaluation and chat.
 
-A conversation is rendered by the chat template; each stretch that the model has to write is tokenised on its own, behind
+A conversation is rendered by the chat template; each stretch that the model has to write is tokenised by itself, behind
 exactly the tokens that generation starts from. So the loss mask cannot be off at a token boundary, and training and
 generation see the same prompt.
 """
@@ -110,7 +110,7 @@ class Renderer:
         return self.tokenizer.encode(prompt[len(done) :], add_special=not done)
 
     def _answer_ids(self, text: str) -> list[int]:
-        """The answer and one end token. What a template writes behind the end (a line break) is not for the model to say."""
+        """The answer and one end token. What a template writes behind it (a line break) is not for the model to say."""
         ids = self._encode(text) if self.tokenizer.chat_template else self.tokenizer.encode(text)
         ends = [i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids]
         if ends:

@@ -2,7 +2,7 @@
 
 checkpoints/step-N/   adapter.safetensors   what trains, by name
                       optimizer.safetensors  AdamW's moments by parameter name, and the random state
-                      state.json             step, data position, best loss so far; written last, so it marks a whole state
+                      state.json             step, data position, best loss so far; written last: it marks a whole state
 """
 
 import re

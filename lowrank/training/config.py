@@ -1,4 +1,4 @@
-"""A run's whole configuration: YAML file, then `key=value`, into frozen dataclasses that sit beside the code that reads them.
+"""A run's whole configuration: a YAML file, then `key=value`, into frozen dataclasses beside the code that reads them.
 
     model · quantize · dtype · device · adapter.{method, targets, exclude, train_also, and the method's own} ·
     data.* · train.* · eval.* · output_dir
@@ -94,7 +94,9 @@ class RunConfig:
             parse_format(self.quantize)
 
 
-def read_config(source: str | Path | RunConfig | dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(
+    source: str | Path | RunConfig | dict[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
     """A RunConfig from a YAML file, a bundled recipe's name, a dictionary, or nothing (the quickstart recipe)."""
     if isinstance(source, RunConfig):
         return source
@@ -123,10 +125,17 @@ def recipe_path(source: str | Path) -> Path:
     """A file, or the bundled recipe of that name."""
     if Path(source).is_file():
         return Path(source)
-    bundled = {p.name.removesuffix(".yaml"): p for p in resources.files("lowrank.recipes").iterdir() if p.name.endswith(".yaml")}
+    bundled = {
+        p.name.removesuffix(".yaml"): p
+        for p in resources.files("lowrank.recipes").iterdir()
+        if p.name.endswith(".yaml")
+    }
     if str(source) in bundled:
         return Path(str(bundled[str(source)]))
-    raise ConfigError(f"no configuration file {str(source)!r}{did_you_mean(str(source), bundled)}; bundled recipes: {', '.join(sorted(bundled))}")
+    raise ConfigError(
+        f"no configuration file {str(source)!r}{did_you_mean(str(source), bundled)};"
+        f" bundled recipes: {', '.join(sorted(bundled))}"
+    )
 
 
 def _without_aliases(values: dict[Any, Any]) -> dict[str, Any]:
@@ -152,7 +161,9 @@ def _run_config(values: dict[str, Any], name: str) -> RunConfig:
     known = [f.name for f in fields(RunConfig)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), [*known, *ALIASES])}; known: {', '.join(known)}")
+            raise ConfigError(
+                f"unknown key {key!r}{did_you_mean(str(key), [*known, *ALIASES])}; known: {', '.join(known)}"
+            )
     ready: dict[str, Any] = {"recipe": name}
     for key, value in values.items():
         if key == "adapter":
@@ -213,7 +224,9 @@ def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `read_config` reads back to an equal value."""
     adapter = {
         "method": config.adapter.method,
-        "targets": list(config.adapter.targets) if isinstance(config.adapter.targets, list | tuple) else config.adapter.targets,
+        "targets": list(config.adapter.targets)
+        if isinstance(config.adapter.targets, list | tuple)
+        else config.adapter.targets,
         "exclude": list(config.adapter.exclude),
         "train_also": list(config.adapter.train_also),
         **vars(config.adapter.settings),

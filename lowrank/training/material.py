@@ -6,10 +6,11 @@ from pathlib import Path
 
 from lowrank.data.batches import Batch, collate
 from lowrank.data.config import DataConfig
-from lowrank.data.knowledge import Knowledge
-from lowrank.data.questions import bundled
+from lowrank.data.knowledge import Knowledge, read_knowledge
+from lowrank.data.questions import Domain, bundled, domain
 from lowrank.data.records import Record, read_records
 from lowrank.data.render import Example, Renderer
+from lowrank.data.templates import read_templates
 from lowrank.errors import ConfigError, did_you_mean
 
 BUNDLED = ("labtests", "labtests-quick")
@@ -31,24 +32,17 @@ class Material:
 
 def read_material(config: DataConfig, seed: int) -> Material:
     """The records that `data.path` names. ConfigError where it is neither a bundled domain nor a file."""
+    if config.templates is not None:
+        knowledge = read_knowledge(config.path)
+        knowledge = knowledge if config.subjects is None else knowledge.subset(config.subjects)
+        return _of_domain(domain(Path(config.path).stem, knowledge, read_templates(config.templates)), config, seed)
     if config.path in BUNDLED:
-        domain = bundled(config.path, config.subjects)
-        sizes = {name: getattr(config, name) for name in ("plain_per_fact", "traps_per_fact", "confirms_per_fact")}
-        questions = domain.build(seed, **sizes)
-        parts = [part for name, part in questions.validation.items() if name not in ("general", "answerable")]
-        return Material(
-            name=config.path,
-            train=[record for record in questions.train if record.kind != "general"],
-            validation=[record for part in parts for record in part],
-            test=questions.test,
-            general=[record for record in questions.train if record.kind == "general"],
-            knowledge=domain.knowledge,
-            prose=domain.prose,
-            notice=domain.notice,
-        )
+        return _of_domain(bundled(config.path, config.subjects), config, seed)
     if not Path(config.path).is_file():
         near = did_you_mean(config.path, BUNDLED)
-        raise ConfigError(f"data.path {config.path!r} is no file and no bundled domain{near}; bundled: {', '.join(BUNDLED)}")
+        raise ConfigError(
+            f"data.path {config.path!r} is no file and no bundled domain{near}; bundled: {', '.join(BUNDLED)}"
+        )
     held = read_records(config.validation) if config.validation else []
     records = read_records(config.path)
     base = bundled("labtests")  # its general questions and prose serve any domain
@@ -57,8 +51,25 @@ def read_material(config: DataConfig, seed: int) -> Material:
         train=[record for record in records if record.kind != "general"],
         validation=held,
         test={"qa": held} if held else {},
-        general=[r for r in records if r.kind == "general"] or [item.record() for item in base.general if not item.held_out],
+        general=[r for r in records if r.kind == "general"]
+        or [item.record() for item in base.general if not item.held_out],
         prose=base.prose,
+    )
+
+
+def _of_domain(source: Domain, config: DataConfig, seed: int) -> Material:
+    sizes = {name: getattr(config, name) for name in ("plain_per_fact", "traps_per_fact", "confirms_per_fact")}
+    questions = source.build(seed, **sizes)
+    parts = [part for name, part in questions.validation.items() if name not in ("general", "answerable")]
+    return Material(
+        name=source.name,
+        train=[record for record in questions.train if record.kind != "general"],
+        validation=[record for part in parts for record in part],
+        test=questions.test,
+        general=[record for record in questions.train if record.kind == "general"],
+        knowledge=source.knowledge,
+        prose=source.prose,
+        notice=source.notice,
     )
 
 
@@ -78,7 +89,9 @@ def render(material: Material, renderer: Renderer, with_general: bool) -> Exampl
     if not train:
         raise ConfigError(f"{material.name} holds nothing to train on")
     full = renderer.max_length
-    cut = sum(len(example.input_ids) == full and example.input_ids[-1] not in renderer.tokenizer.eos_ids for example in train)
+    cut = sum(
+        len(example.input_ids) == full and example.input_ids[-1] not in renderer.tokenizer.eos_ids for example in train
+    )
     return Examples(train, general, validation, cut)
 
 

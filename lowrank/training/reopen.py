@@ -21,7 +21,7 @@ def run_config(folder: str | Path) -> RunConfig:
 
 
 def reopen(folder: str | Path, quantize: str | None = "as trained", adapter: bool = True) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a run, its adapter "default" active and frozen; `quantize` replaces the run's own format."""
+    """(model, tokenizer) of a run, its adapter "default" active and frozen; `quantize` replaces the run's format."""
     config = run_config(folder)
     model, tokenizer = load(
         config.model,
@@ -32,6 +32,8 @@ def reopen(folder: str | Path, quantize: str | None = "as trained", adapter: boo
     )
     if adapter:
         if not (Path(folder) / "adapter" / "adapter.json").is_file():
-            raise ConfigError(f"{folder} has no finished adapter; go on with: lowrank train {folder}/config.yaml --resume")
+            raise ConfigError(
+                f"{folder} has no finished adapter; go on with: lowrank train {folder}/config.yaml --resume"
+            )
         load_adapter(model, Path(folder) / "adapter", name="default")
     return model.eval(), tokenizer

@@ -27,14 +27,14 @@ from lowrank.data.mixture import mix
 from lowrank.data.render import Renderer
 from lowrank.errors import ConfigError
 from lowrank.evaluation.plots import plot_loss
-from lowrank.evaluation.run import Measured, measure, table_of
+from lowrank.evaluation.run import Measured, table_of
 from lowrank.files import write_json, write_jsonl, write_text
 from lowrank.models.load import load
 from lowrank.store import save_adapter
 from lowrank.targets import attach
 from lowrank.training import screen
 from lowrank.training.config import RunConfig, read_config, to_yaml
-from lowrank.training.loop import Run, fit, peak_memory_mb
+from lowrank.training.loop import Run, fit, give_back_memory, peak_memory_mb
 from lowrank.training.material import Examples, Material, read_material, render, validation_batches
 from lowrank.training.teacher import with_teacher
 
@@ -93,7 +93,11 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
         with clock("evaluate the tuned model"):
             measured("tuned", model, tokenizer)
     run.results = measured.results
-    run.metrics |= {"seconds_in_all": clock.total(), "peak_memory_mb": peak_memory_mb(), "trainable": coverage.trainable}
+    run.metrics |= {
+        "seconds_in_all": clock.total(),
+        "peak_memory_mb": peak_memory_mb(),
+        "trainable": coverage.trainable,
+    }
     write_json(folder / "results.json", run.results | {"metrics": run.metrics})
     plot_loss(folder)
     _finish(run, material, tokenizer)
@@ -101,7 +105,7 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
 
 
 def run_folder(config: RunConfig, resume: bool, dry_run: bool = False) -> Path:
-    """The folder of this run: `output_dir`, or the next free runs/<recipe>-NNN; with `resume`, the last one there is."""
+    """The folder of this run: `output_dir`, or the next free runs/<recipe>-NNN; with `resume`, the last there is."""
     runs = Path("runs")
     numbered = [
         (int(match[1]), path)
@@ -112,14 +116,18 @@ def run_folder(config: RunConfig, resume: bool, dry_run: bool = False) -> Path:
         folder = Path(config.output_dir)
     elif resume:
         if not numbered:
-            raise ConfigError(f"nothing to resume: there is no {runs / config.recipe}-NNN; name the run with output_dir=FOLDER")
+            raise ConfigError(
+                f"nothing to resume: there is no {runs / config.recipe}-NNN; name the run with output_dir=FOLDER"
+            )
         folder = max(numbered)[1]
     else:
         folder = runs / f"{config.recipe}-{max((n for n, _ in numbered), default=0) + 1:03d}"
     if resume and not (folder / "config.yaml").is_file():
         raise ConfigError(f"nothing to resume: {folder} holds no run (no config.yaml)")
     if not resume and not dry_run and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"output_dir {folder} holds a run or other files already: choose another folder, or go on with --resume")
+        raise ConfigError(
+            f"output_dir {folder} holds a run or other files already: choose another folder, or go on with --resume"
+        )
     if not resume and not dry_run and folder.is_file():
         raise ConfigError(f"output_dir {folder} is a file; choose a folder")
     return folder
@@ -127,7 +135,11 @@ def run_folder(config: RunConfig, resume: bool, dry_run: bool = False) -> Path:
 
 def _load(config: RunConfig, quantize: str | None) -> tuple[nn.Module, Any]:
     return load(
-        config.model, quantize=quantize, dtype=getattr(torch, config.dtype), device=config.device, template=config.data.template
+        config.model,
+        quantize=quantize,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        template=config.data.template,
     )
 
 
@@ -138,7 +150,9 @@ def _delivered(
     with clock("load the base as delivered"):
         model, tokenizer = _load(config, None)
     if tokenizer is None:
-        raise ConfigError(f"{config.model} has no tokenizer, so text cannot become tokens; add its tokenizer.json or tokenizer.model")
+        raise ConfigError(
+            f"{config.model} has no tokenizer, so text cannot become tokens; add its tokenizer.json or tokenizer.model"
+        )
     examples = render(material, Renderer(tokenizer, config.data.max_length), with_general=config.data.general_share > 0)
     if not dry_run and config.eval.tasks and config.eval.delivered:
         with clock("evaluate the base as delivered"):
@@ -147,6 +161,8 @@ def _delivered(
         with clock("teacher's states"), screen.counting("teacher's states", len(examples.general)) as count:
             general = with_teacher(model, examples.general, tokenizer.pad_id or 0, on_progress=count)
         examples = replace(examples, general=general)
+    del model
+    give_back_memory()
     return examples, tokenizer
 
 
@@ -160,11 +176,12 @@ def _facts(
     stored = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     cut = f", {examples.cut} cut at {config.data.max_length} tokens" if examples.cut else ""
     share = sum(len(e.input_ids) for e in stream if e.kind == "general") / tokens
+    t, counts = config.train, ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     held = f" ({share:.0%} of the tokens general, held by {config.data.general_loss})" if share else ""
     return {
         "model": f"{config.model}, base stored in {config.quantize or config.dtype}: {stored / 1e6:.0f} MB",
-        "data": f"{material.name}: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}; {tokens:,} tokens{held}{cut}",
-        "training": f"{steps} steps of {config.train.batch_size} examples, peak rate {config.train.lr:g}, seed {config.train.seed}",
+        "data": f"{material.name}: {counts}; {tokens:,} tokens{held}{cut}",
+        "training": f"{steps} steps of {t.batch_size} examples, peak rate {t.lr:g}, seed {t.seed}",
         "memory": f"{peak_memory_mb():,.0f} MB at most so far",
         "folder": str(config.output_dir),
     }
@@ -186,7 +203,11 @@ def _finish(run: Run, material: Material, tokenizer: Any) -> None:
 
 def versions() -> dict[str, str]:
     """What a run was made with."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
     for name in ("lowrank-engine", "torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece"):
         try:
             found[name] = version(name)
@@ -212,6 +233,12 @@ class _Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.rows.append({"phase": phase, "seconds": round(time.perf_counter() - began, 2), "peak_memory_mb": round(peak_memory_mb())})
+        self.rows.append(
+            {
+                "phase": phase,
+                "seconds": round(time.perf_counter() - began, 2),
+                "peak_memory_mb": round(peak_memory_mb()),
+            }
+        )
         if self.path is not None:
             write_jsonl(self.path, self.rows)

@@ -27,11 +27,15 @@ def start_screen(facts: dict[str, str], coverage: Coverage, sample: Example, dec
     for pattern, count, shapes, path in coverage.rows():
         table.add_row(pattern, str(count), shapes, path)
     share = 100 * coverage.trainable / max(coverage.total, 1)
-    trainable = Text(f"{coverage.method}: {coverage.trainable:,} of {coverage.total:,} parameters train ({share:.2f} %)")
+    trainable = Text(
+        f"{coverage.method}: {coverage.trainable:,} of {coverage.total:,} parameters train ({share:.2f} %)"
+    )
     return Group(
         Panel(left, title="run", title_align="left"),
         Panel(Group(table, trainable), title="adapter", title_align="left"),
-        Panel(masked_text(sample, decode), title="first sample (bold: what the model learns to write)", title_align="left"),
+        Panel(
+            masked_text(sample, decode), title="first sample (bold: what the model learns to write)", title_align="left"
+        ),
     )
 
 
@@ -42,7 +46,9 @@ def masked_text(example: Example, decode: Any) -> Text:
     while start < len(example.input_ids):
         learned = example.labels[start] != IGNORE or example.teacher is not None
         end = start
-        while end < len(example.input_ids) and (example.labels[end] != IGNORE or example.teacher is not None) == learned:
+        while (
+            end < len(example.input_ids) and (example.labels[end] != IGNORE or example.teacher is not None) == learned
+        ):
             end += 1
         text.append(decode(example.input_ids[start:end], skip_special=False), style="bold green" if learned else "dim")
         start = end
@@ -53,9 +59,17 @@ def masked_text(example: Example, decode: Any) -> Text:
 def progress_line(total: int, every: int = 20) -> Iterator[Any]:
     """Gives a function that takes a step's row. A terminal gets one moving line, a file a line every `every` steps."""
     if not console.is_terminal:
-        yield lambda row: console.print(step_text(row)) if row["step"] % every == 0 or row["step"] + 1 == total or "eval_loss" in row else None
+        yield (
+            lambda row: (
+                console.print(step_text(row))
+                if row["step"] % every == 0 or row["step"] + 1 == total or "eval_loss" in row
+                else None
+            )
+        )
         return
-    with Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=console, transient=False) as progress:
+    with Progress(
+        BarColumn(bar_width=20), TextColumn("{task.description}"), console=console, transient=False
+    ) as progress:
         task = progress.add_task("the first step takes longest", total=total)
 
         def show(row: dict[str, Any]) -> None:
@@ -90,6 +104,12 @@ def counting(what: str, total: int) -> Iterator[Any]:
     if not console.is_terminal:
         yield lambda done: None
         return
-    with Progress(TextColumn(what), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"), console=console, transient=True) as progress:
+    with Progress(
+        TextColumn(what),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total}"),
+        console=console,
+        transient=True,
+    ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
