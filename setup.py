@@ -17,10 +17,6 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["lowrank*"]),
     package_data={"": ["py.typed", "*.yaml", "*.jsonl", "*.txt", "*.md"]},
-        "lowrank": ["py.typed"],
-        "lowrank.recipes": ["*.yaml"],
-        "lowrank.data": ["*/*.jsonl", "*/*.yaml", "*/*.txt", "*/*.md"],
-    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6,<3.10; platform_system == 'Linux'",

@@ -70,7 +70,8 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
         raise FileFormatError(
             f"{where}: kind must be one of {', '.join(KINDS)}, got {row['kind']!r}{did_you_mean(row['kind'], KINDS)}"
         )
-    record = Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    record = Record(**values)
     if not (record.messages or record.instruction):
         raise FileFormatError(f"{where}: a record needs 'instruction' or 'messages'")
     return record

@@ -5,7 +5,7 @@ exactly the tokens that generation starts from. So the loss mask cannot be off a
 generation see the same prompt.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,9 +15,12 @@ IGNORE = -100  # a label that carries no loss, as in torch's cross_entropy
 
 
 class Tokenizer(Protocol):
-    eos_id: int | None
-    eos_ids: set[int]
-    chat_template: str | None
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def eos_ids(self) -> Set[int]: ...
+    @property
+    def chat_template(self) -> str | None: ...
 
     def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]: ...
     def decode(self, ids: list[int], skip_special: bool = True) -> str: ...

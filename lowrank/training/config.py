@@ -101,7 +101,8 @@ def read_config(
     if isinstance(source, RunConfig):
         return source
     if isinstance(source, dict):
-        node, name = OmegaConf.create(source), "run"
+        node: Any = OmegaConf.create(source)
+        name = "run"
     else:
         path = recipe_path("quickstart" if source is None else source)
         name = path.stem

@@ -137,7 +137,7 @@ def fit(
     optimizer = make_optimizer(model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if hasattr(model, "checkpointing"):
-        model.checkpointing = config.checkpointing
+        model.checkpointing = config.checkpointing  # type: ignore[assignment]
     elif config.checkpointing:
         raise ValueError(f"checkpointing is offered by lowrank's own models; {type(model).__name__} has no such switch")
     run = Run(folder)

@@ -10,7 +10,11 @@ SIZES = [(1, 8, 11), (ce.CHUNK, 16, 40), (2 * ce.CHUNK + 3, 16, 40)]  # (N, D, V
 
 def tensors(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    return torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v, d).to(dtype).requires_grad_(), torch.randint(0, v, (n,))
+    return (
+        torch.randn(n, d).to(dtype).requires_grad_(),
+        torch.randn(v, d).to(dtype).requires_grad_(),
+        torch.randint(0, v, (n,)),
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)

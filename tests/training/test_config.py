@@ -20,7 +20,9 @@ def test_no_configuration_is_the_quickstart() -> None:
 
 
 def test_key_value_overrides_the_file() -> None:
-    config = read_config("smoke", ["adapter.rank=3", "train.lr=1e-3", "adapter.targets=[q_proj,v_proj]", "quantize=null"])
+    config = read_config(
+        "smoke", ["adapter.rank=3", "train.lr=1e-3", "adapter.targets=[q_proj,v_proj]", "quantize=null"]
+    )
     assert config.adapter.settings.rank == 3
     assert config.train.lr == 1e-3
     assert list(config.adapter.targets) == ["q_proj", "v_proj"]
@@ -80,7 +82,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.yaml").write_text("x")
     config = RunConfig(output_dir=str(tmp_path / "old"))
-    with pytest.raises(ConfigError, match="holds a run or other files already: .*--resume"):
+    with pytest.raises(ConfigError, match=r"holds a run or other files already: .*--resume"):
         run_folder(config, resume=False)
     assert run_folder(config, resume=True) == tmp_path / "old"
     with pytest.raises(ConfigError, match="nothing to resume"):

@@ -10,7 +10,8 @@ from torch import nn
 from lowrank.training.optim import OptimConfig, make_optimizer, rate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "training"
-COSINE = [s for s in json.loads((FIXTURES / "schedules.json").read_text())["schedules"] if s["type"] == "cosine" and s.get("num_cycles", 0.5) == 0.5]
+SCHEDULES = json.loads((FIXTURES / "schedules.json").read_text())["schedules"]
+COSINE = [s for s in SCHEDULES if s["type"] == "cosine" and s.get("num_cycles", 0.5) == 0.5]
 
 
 @pytest.mark.parametrize("case", COSINE, ids=lambda c: f"{c['num_warmup_steps']}-of-{c['num_training_steps']}")

