@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank.data.render import IGNORE, Example
 
 Batch = dict[str, Tensor]
+WINDOW = 16  # batches among which examples are dealt by length
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -100,7 +101,25 @@ class Loader:
         if not self.shuffle:
             return list(range(len(self.examples)))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(len(self.examples), generator=generator).tolist()
+        order: list[int] = torch.randperm(len(self.examples), generator=generator).tolist()
+        whole = len(order) - len(order) % self.batch_size
+        span = WINDOW * self.batch_size
+        dealt = [i for start in range(0, whole, span) for i in self._deal(order[start : min(start + span, whole)])]
+        return dealt + order[whole:]
+
+    def _deal(self, window: list[int]) -> list[int]:
+        """The same examples, long and short ones dealt evenly to the window's batches, to and fro.
+
+        Batches of like size need no more memory than the average one, and each has its share of long examples.
+        """
+        count = len(window) // self.batch_size
+        by_length = sorted(window, key=lambda i: (-len(self.examples[i].input_ids), i))
+        batches: list[list[int]] = [[] for _ in range(count)]
+        for turn in range(self.batch_size):
+            row = by_length[turn * count : (turn + 1) * count]
+            for batch, i in zip(batches, row if turn % 2 == 0 else reversed(row)):
+                batch.append(i)
+        return [i for batch in batches for i in batch]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "examples": len(self.examples)}
