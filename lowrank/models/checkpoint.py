@@ -113,7 +113,7 @@ class FolderCheckpoint:
         return replace(self._quantized(name), dtype=dtype) if self._is_quantized(name) else None
 
     def _is_quantized(self, name: str) -> bool:
-        return f"{name}.absmax" in self._stored
+        return name in self._stored and f"{name}.absmax" in self._stored
 
     def _quantized(self, name: str) -> QuantizedTensor:
         parts = [stored for stored in self._stored if stored == name or stored.startswith(f"{name}.")]
