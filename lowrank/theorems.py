@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.active import acting, rows
 from lowrank.adapter import AdaptedLinear, Adapter, adapted_layers, may_fuse
-from lowrank.conformance import SHAPES, Host, NotOffered, close, give, host, only, randomise, settings, theorem
+from lowrank.hosts import SHAPES, Host, NotOffered, close, give, host, only, randomise, settings, theorem
 from lowrank.merging import merge, unmerge
 from lowrank.quant.linear import QuantizedLinear
 from lowrank.store import adapter_state, load_adapter, save_adapter

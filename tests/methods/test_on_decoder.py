@@ -9,7 +9,7 @@ from torch import nn
 import lowrank
 from lowrank.active import acting
 from lowrank.adapter import METHODS, adapted_layers
-from lowrank.conformance import randomise
+from lowrank.hosts import randomise
 from lowrank.methods.bottleneck import HoulsbyConfig, ParallelConfig, PfeifferConfig
 from lowrank.methods.lora import LoRAConfig
 from lowrank.methods.p_tuning import PTuningConfig

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank
 from lowrank.adapter import METHODS, dense_weight, register
-from lowrank.conformance import randomise
+from lowrank.hosts import randomise
 from lowrank.methods.adalora import AdaLoRAConfig
 from lowrank.methods.dora import DoRA, DoRAConfig
 from lowrank.methods.full import FullConfig
