@@ -144,6 +144,20 @@ def test_large_tensors_decode_in_pieces() -> None:
             assert torch.equal(q.dequantize(dtype), ref)
 
 
+def test_one_thread_and_two_give_the_same_bits() -> None:
+    w = torch.randn(2**20 + 64 * 3 + 7)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            q = QuantizedTensor.quantize(w, "fp4")
+            results.append((q, q.dequantize(torch.bfloat16)))
+    finally:
+        torch.set_num_threads(threads)
+    assert equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 def test_nf4_on_plain_tensors() -> None:
     w = torch.randn(5, 33)
     packed, absmax = nf4.quantize(w)
