@@ -15,7 +15,7 @@ class EvalConfig:
     unanswerable, or as many in these proportions); 0 takes all."""
 
     max_new_tokens: int = 48
-    batch_size: int = 32
+    batch_size: int = 64
 
     decoded_mb: int = 512
     """Memory (10^6 bytes) for decoded copies of quantized weights while questions are answered: each is decoded once

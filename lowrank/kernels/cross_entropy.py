@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB, reused from chunk to chunk
+ROUND = 32  # the last chunk is filled up to a multiple of this: oneDNN keeps half a megabyte of code for each new shape
 
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        rows, vocabulary = min(CHUNK, len(hidden)), weight.shape[0]
+        rows, vocabulary = min(CHUNK, -(-len(hidden) // ROUND) * ROUND), weight.shape[0]
         product = hidden.new_empty(rows, vocabulary)  # in the model's dtype, as the head gives it
         z = torch.empty(rows, vocabulary, dtype=torch.float32, device=hidden.device)
         t = torch.empty_like(z) if target.is_floating_point() else None
@@ -40,15 +41,15 @@ class _LinearLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
-            h, y = hidden[start : start + CHUNK], target[start : start + CHUNK]
-            n = len(h)
-            log_normalizer = _logits(h, weight, product[:n], z[:n]).logsumexp(-1, keepdim=True)  # (n, 1)
+            n = min(CHUNK, len(hidden) - start)
+            h, y = _filled(hidden[start : start + n]), target[start : start + n]
+            log_normalizer = _logits(h, weight, product, z)[:n].logsumexp(-1, keepdim=True)  # (n, 1)
             if t is None:
                 loss += (log_normalizer - z[:n].gather(1, y[:, None])).double().sum()
                 dz = z[:n].sub_(log_normalizer).exp_()  # softmax(z), in z's own memory
                 dz[torch.arange(n, device=dz.device), y] -= 1
             else:
-                log_t = _logits(y, weight, product[:n], t[:n])
+                log_t = _logits(_filled(y), weight, product, t)[:n]
                 log_t -= log_t.logsumexp(-1, keepdim=True)
                 log_p = z[:n].sub_(log_normalizer)
                 p_t = log_t.exp()
@@ -56,11 +57,12 @@ class _LinearLoss(torch.autograd.Function):
                 dz = log_p.exp_().sub_(p_t)
             if dh is None and dw is None:
                 continue
-            dz_low = product[:n].copy_(dz)  # one rounding, to the dtype of the head's own product
+            product[:n] = dz  # one rounding, to the dtype of the head's own product
+            product[n:] = 0
             if dh is not None:
-                torch.mm(dz_low, weight, out=dh[start : start + CHUNK])
+                dh[start : start + n] = (product[: len(h)] @ weight)[:n]
             if dw is not None:
-                dw += (dz_low.T @ h).float()
+                dw += (product[: len(h)].T @ h).float()
         ctx.save_for_backward(dh, dw)
         ctx.weight_dtype = weight.dtype
         return loss.float()
@@ -75,10 +77,15 @@ class _LinearLoss(torch.autograd.Function):
         )
 
 
+def _filled(x: Tensor) -> Tensor:
+    """Zero rows behind x up to a multiple of ROUND.  (n, D) -> (m, D)"""
+    return F.pad(x, (0, 0, 0, -len(x) % ROUND)) if len(x) % ROUND else x
+
+
 def _logits(h: Tensor, weight: Tensor, product: Tensor, out: Tensor) -> Tensor:
-    """h Wᵀ in fp32, rounded as the head rounds it, in given memory.  (n, D), (V, D) -> (n, V)"""
-    torch.mm(h, weight.T, out=product)
-    return out.copy_(product)
+    """h Wᵀ in fp32, rounded as the head rounds it, in given memory.  (m, D), (V, D) -> (m, V)"""
+    torch.mm(h, weight.T, out=product[: len(h)])
+    return out[: len(h)].copy_(product[: len(h)])
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
