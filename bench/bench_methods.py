@@ -41,8 +41,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"tokens": 20, "lr": 5e-2},
     "p_tuning": {"tokens": 20, "lr": 1e-3},
 }
-PROFILES = {"smoke": {"steps": 2, "subjects": 4, "questions": 4}, "short": {"steps": 60, "subjects": 12, "questions": 60},
-            "full": {"steps": None, "subjects": None, "questions": None}}  # fmt: skip
+PROFILES = {
+    "smoke": {"steps": 2, "subjects": 4, "questions": 4},
+    "short": {"steps": 60, "subjects": 12, "questions": 60},
+    "full": {"steps": None, "subjects": None, "questions": None},
+}
 COLUMNS = ("paraphrase", "trap", "perplexity", "trainable_share", "overhead", "file_mb", "train_s", "peak_mb")
 
 
@@ -134,7 +137,7 @@ def inference(folder: Path) -> tuple[float, float]:
 
     import lowrank
     from lowrank.active import acting
-    from lowrank.store import adapter_state
+    from lowrank.filling import adapter_state
     from lowrank.targets import count_parameters
 
     model, _ = lowrank.load("quickstart", quantize="nf4-dq", progress=False)

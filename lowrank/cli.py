@@ -224,19 +224,14 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _adapters(args: argparse.Namespace) -> int:
-    from lowrank import conformance, targets
+    from lowrank import conformance
 
     if args.action == "list":
-        for name, method in sorted(targets.METHODS.items()):
-            marks = ", ".join(word for word in ("mergeable", "identity_at_init", "edits_base") if getattr(method, word))
-            first = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0]
-            print(f"{name:<14} {method.place:<17} {marks:<40} {first}")
+        print(conformance.listing())
         return 0
     if args.method is None:
         raise ConfigError("adapters test needs a method: a registered name, or FILE.py:Class")
-    verdicts = conformance.check(conformance.load_method(args.method))
-    print(conformance.table(verdicts))
-    return 1 if any(verdict.holds is False for verdict in verdicts) else 0
+    return conformance.run(args.method)
 
 
 def _quant(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from lowrank.adapter import (
 )
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json, read_tensors, write_json, write_tensors
+from lowrank.filling import default_name, fill
 from lowrank.methods.ia3 import IA3
 from lowrank.methods.lora import LoRAConfig
 from lowrank.methods.p_tuning import PTuning
@@ -34,7 +35,6 @@ from lowrank.methods.prefix import Prefix
 from lowrank.methods.trained_copy import TrainedCopy
 from lowrank.methods.vera import VeRA, VeRAConfig
 from lowrank.peft_table import COMMON, FORMATS, PREFIX, Format
-from lowrank.store import default_name, fill
 from lowrank.targets import (
     HEADS,
     Attachment,

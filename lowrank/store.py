@@ -4,34 +4,27 @@ The file holds no time of day: the same run gives the same bytes. Loading is str
 tensor is an error, and so is another base model, unless forced.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lowrank.adapter import METHODS, Adapter, adapted_layers, require_adapter, require_unmerged
+from lowrank.adapter import METHODS, require_adapter, require_unmerged
 from lowrank.errors import FileFormatError, unknown
 from lowrank.files import read_json, read_tensors, write_json, write_tensors
+from lowrank.filling import adapter_state, default_name, fill
+from lowrank.peft_format import load_peft, save_peft
 from lowrank.targets import Attachment, attachments, build, check_name, put, train_only
 
 VERSION = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
-def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's own tensors: "model.layers.0.self_attn.q_proj.lora_A" -> (R, I)."""
-    return state_of({path: layer.adapters[name] for path, layer in adapted_layers(model, name)})  # type: ignore[misc]
-
-
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", format: str = "lowrank") -> None:
     """Write the adapter `name` into `folder`, atomically, file by file; the description comes last."""
     require_adapter(model, [name])
     if format == "peft":
-        from lowrank.peft_format import save_peft
-
         save_peft(model, folder, name)
         return
     if format != "lowrank":
@@ -68,8 +61,6 @@ def load_adapter(
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file() and not (folder / DESCRIPTION).is_file():
-        from lowrank.peft_format import load_peft
-
         return load_peft(model, folder, name, trainable)
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: neither {DESCRIPTION} nor adapter_config.json is there")
@@ -101,40 +92,6 @@ def load_adapter(
     if not trainable:
         train_only(model, None)
     return name
-
-
-def default_name(model: nn.Module, folder: Path) -> str:
-    """The folder's name, with a number where it is taken. A run's own folder `adapter` takes the name of the run."""
-    folder = folder.resolve()
-    stem = (folder.parent.name if folder.name == "adapter" else folder.name).replace(".", "-") or "default"
-    taken, name, number = attachments(model), stem, 2
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    return name
-
-
-def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """ "model.layers.0.self_attn.q_proj.lora_A" -> the tensor itself."""
-    return {f"{path}.{key}": value for path, a in adapters.items() for key, value in a.state_dict().items()}
-
-
-def fill(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy all `tensors` into the adapters, each of the right shape; or raise FileFormatError and copy none."""
-    own = state_of(adapters)
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or foreign:
-        parts = [
-            f"{kind} {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for kind, keys in (("missing", missing), ("foreign", foreign))
-            if keys
-        ]
-        raise FileFormatError(f"{where}: the tensors are not those of this adapter: {'; '.join(parts)}")
-    for key, tensor in tensors.items():
-        if tensor.shape != own[key].shape:
-            raise FileFormatError(f"{where}: {key} has shape {tuple(tensor.shape)}, wanted {tuple(own[key].shape)}")
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            own[key].copy_(tensor)
 
 
 def _is_copy(path: str, train_also: set[str]) -> bool:

@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.active import acting, rows
 from lowrank.adapter import AdaptedLinear, Adapter, adapted_layers, may_fuse
+from lowrank.filling import adapter_state
 from lowrank.hosts import SHAPES, Host, NotOffered, close, give, host, only, randomise, settings, theorem
 from lowrank.merging import merge, unmerge
 from lowrank.quant.linear import QuantizedLinear
-from lowrank.store import adapter_state, load_adapter, save_adapter
+from lowrank.store import load_adapter, save_adapter
 from lowrank.targets import detach
 
 

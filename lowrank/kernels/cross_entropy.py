@@ -4,7 +4,7 @@
     cross-entropy                L = Σₙ logsumexp(zₙ) - zₙ[yₙ]            dz = softmax(z) - onehot(y)
     KL to a teacher t            L = Σₙ Σᵥ pₜ (log pₜ - log p)            dz = softmax(z) - softmax(zₜ)
 
-Both gradients need the logits once more, so dh = dz W (and dW = dzᵀ h where W trains) is taken in the forward pass while
+Both gradients need the logits once more, so dh = dz W (and dW = dzᵀ h, where W trains) is taken in forward, while
 the chunk is at hand, and backward only scales it: one product less, and memory for one chunk instead of N rows.
 """
 

@@ -107,7 +107,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _collected(grads[0], *ctx.saved_tensors, ctx.shape), None, None
+        (index,) = ctx.saved_tensors
+        return _collected(grads[0], index, ctx.shape), None, None
 
 
 class _Collect(torch.autograd.Function):

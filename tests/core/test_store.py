@@ -8,8 +8,8 @@ import torch
 import lowrank
 from lowrank.errors import FileFormatError
 from lowrank.files import read_tensors, write_tensors
+from lowrank.filling import adapter_state
 from lowrank.methods.lora import LoRAConfig
-from lowrank.store import adapter_state
 from lowrank.targets import attachments
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from lowrank.adapter import adapted_layers
 from lowrank.files import read_tensors
+from lowrank.filling import adapter_state
 from lowrank.methods.lora import LoRAConfig
 from lowrank.models.load import load
 from lowrank.quant.linear import quantize_model
-from lowrank.store import adapter_state
 from lowrank.targets import attach
 from lowrank.training.loop import TrainConfig, fit
 from lowrank.training.losses import mean_loss, summed_loss, targets_in
