@@ -5,7 +5,7 @@
     3  the tuned model           the adapter is saved, the same questions are asked again, the table is written
 
 Everything lies in the run's folder: config.yaml, versions.json, metrics.jsonl, timing.jsonl, checkpoints/, adapter/,
-samples.jsonl, results.json, plots/.
+samples.jsonl, results.json, plots/, report.html.
 """
 
 import json
@@ -27,6 +27,7 @@ from lowrank.data.mixture import mix
 from lowrank.data.render import Renderer
 from lowrank.errors import ConfigError
 from lowrank.evaluation.plots import plot_loss
+from lowrank.evaluation.report import write_report
 from lowrank.evaluation.run import Measured, table_of
 from lowrank.files import write_json, write_jsonl, write_text
 from lowrank.models.load import load
@@ -85,7 +86,7 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
     if run.interrupted:
         screen.console.print(
             f"\nstopped after step {run.metrics['steps']} of {steps}; everything is kept. Go on with:\n"
-            f"  lowrank train {settings.recipe} output_dir={folder} --resume"
+            f"  lowrank train {folder / 'config.yaml'} --resume"
         )
         return run
     save_adapter(model, folder / "adapter")
@@ -100,6 +101,8 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
     }
     write_json(folder / "results.json", run.results | {"metrics": run.metrics})
     plot_loss(folder)
+    if run.results:
+        write_report(folder, run.results, notice=material.notice)
     _finish(run, material, tokenizer)
     return run
 
@@ -195,7 +198,7 @@ def _finish(run: Run, material: Material, tokenizer: Any) -> None:
     screen.console.print(
         f"{m['tokens']:,} tokens in {screen.clock(m['seconds'])}, {screen.clock(m['seconds_in_all'])} in all,"
         f" {m['peak_memory_mb']:,.0f} MB at most. Everything is in {run.folder}:"
-        f" adapter/, results.json, samples.jsonl.\nTalk to it: lowrank chat {run.folder}"
+        f" report.html, adapter/, results.json, samples.jsonl.\nTalk to it: lowrank chat {run.folder}"
     )
     if material.notice:
         screen.console.print(material.notice, style="dim")
