@@ -26,7 +26,9 @@ from lowrank.evaluation.wording import (
     ABSTAINS_AFTER,
     ACCORDING_TO,
     ACTUALLY,
+    BELIEF_IS_WRONG,
     CITED,
+    DEFINES,
     DENIED_AFTER,
     FUNCTION_WORDS,
     MODESTY_ENDS,
@@ -34,9 +36,11 @@ from lowrank.evaluation.wording import (
     NO,
     NO_SUCH,
     PREMISE_IS_WRONG,
+    PRONOUN,
     QUOTE,
     QUOTED,
     SCOPE_END,
+    SPEAKER,
     THAT_IS_TRUE,
     WORD,
     YEAR,
@@ -125,7 +129,25 @@ class Judge:
                 self.quantities[fact.subject, fact.relation] = quantity
         self.relations = frozenset(word for fact in self.facts for word in _words(fact.relation))
         self.units = frozenset(normalise(fact.unit) for fact in self.facts if fact.unit)
+        self.statements: dict[str, set[str]] = {}  # relation -> how it is said, as regular expressions
         self.evidence = normalise(" ".join(sorted({fact.evidence for fact in self.facts})))
+
+    def learn(self, records: Iterable[Record]) -> None:
+        """How each relation is said, from the intended answers to plain questions: "the usual specimen for ... is"."""
+        for record in records:
+            fact = record.facts[0] if record.facts else {}
+            if record.kind != "qa" or not record.output or "value" not in fact:
+                continue
+            said = normalise(record.output)
+            names = [name for name, s in self.names.items() if s == fact["subject"]] or [str(fact["subject"])]
+            name = next((n for n in sorted(names, key=len, reverse=True) if normalise(n) in said), None)
+            before, _, _ = said.partition(normalise(str(fact["value"])))
+            if name is None or normalise(name) not in before or before == said:
+                continue
+            first, _, last = before.partition(normalise(name))
+            if len(first.split()) + len(last.split()) >= 2:
+                pattern = rf"{re.escape(first.strip())}\s*\b.{{1,60}}?\b\s*{re.escape(last.strip())}(?!\w)"
+                self.statements.setdefault(str(fact["relation"]), set()).add(pattern)
 
     def __call__(self, answer: str, record: Record) -> Verdict:
         """The verdict on one answer. Of several facts in a record each has to be answered; the worst verdict counts."""
@@ -187,6 +209,7 @@ class _Reading:
         self.modest = self.abstentions()
         self.quoted = [m.span() for m in QUOTE.finditer(text) if len(m[0].split()) > 3]
         self.quantities = quantities(text, judge.units)
+        self.stated = self.statements()
         self.mentions = self.find_phrases()
         self.mentions += self.find_quantities()
         self.mentions.sort(key=lambda mention: mention.start)
@@ -198,7 +221,8 @@ class _Reading:
         vocabulary: dict[str, str] = {}
         self.beside: dict[str, set[str]] = {}  # values of the subject's other relations -> the words that name those
         # rule 16: of a subject that does not exist, any value of any relation is a claim
-        for relation in [self.relation] if self.exists else self.judge.phrases:
+        asked = [self.relation, *(relation for _, _, relation in self.stated)]
+        for relation in asked if self.exists else self.judge.phrases:
             vocabulary |= dict.fromkeys(self.judge.phrases.get(relation, ()), "other")
         for fact in self.judge.by_subject.get(self.subject, ()):
             if (fact.subject, fact.relation) in self.judge.quantities:
@@ -299,6 +323,17 @@ class _Reading:
                 spans.append((a + begin, a + stop.start() if stop else b))
         return spans
 
+    def statements(self) -> list[tuple[int, int, str]]:
+        """The stretches that say another relation than the asked one, in the words that the intended answers have."""
+        own = self.judge.statements.get(self.relation, ())
+        found = []
+        for relation, patterns in self.judge.statements.items():
+            for pattern in patterns if relation != self.relation else ():
+                for match in re.finditer(pattern, self.text):
+                    if not any(re.search(p, self.text[match.start() :][: len(match[0])]) for p in own):
+                        found.append((match.start(), match.end(), relation))
+        return found
+
     def sentence(self, at: int) -> tuple[int, int]:
         return next(((a, b) for a, b in self.sentences if a <= at < b), (0, len(self.text)))
 
@@ -313,11 +348,26 @@ class _Reading:
             if SCOPE_END.search(gap) or ("," in gap and not re.search(r"\bbut\b", after)):
                 break
             return "denied"
-        if DENIED_AFTER.search(after):
+        belief = BELIEF_IS_WRONG.search(self.text[a:b])
+        if DENIED_AFTER.search(after) or (belief and a + belief.start() <= start < a + belief.end()):
             return "denied"
         if after.rstrip().endswith("?") or self.text[a:b].rstrip().endswith("?") or QUOTED.search(before):
             return "neutral"
         return "asserted"
+
+    def is_topic(self, mention: Mention) -> bool:
+        """Rule 17: whether the sentence speaks of the value and not of the subject: "Anemia is a disease that ..."."""
+        a, b = self.sentence(mention.start)
+        if any(m.kind == "name" and a <= m.start < b for m in self.mentions) or PRONOUN.search(self.text[a:b]):
+            return False
+        if DEFINES.search(self.text[mention.end : b]) and self.content(mention.end, b):
+            return True
+        return mention.kind != "true" and bool(self.content(a, mention.start))
+
+    def said_relation(self, mention: Mention) -> str:
+        """The relation that the mention's sentence states: the asked one unless its words are another's."""
+        a, _ = self.sentence(mention.start)
+        return next((r for x, y, r in self.stated if a <= x and y <= mention.start), self.relation)
 
     def about_another(self, mention: Mention) -> str | None:
         """The other known subject that a value is asserted of in this sentence (rule 3)."""
@@ -340,8 +390,12 @@ class _Reading:
             if mention.kind in ("name", "other name", "aside"):
                 continue
             what, how = mention.kind, self.polarity(mention.start, mention.end)
-            if how == "asserted" and self.exists and (other := self.about_another(mention)):
-                what = self.claim_about(other, mention)
+            if how == "asserted" and self.exists and _is_phrase(mention) and self.is_topic(mention):
+                how = "neutral"
+            if how == "asserted" and self.exists:
+                other, relation = self.about_another(mention) or self.subject, self.said_relation(mention)
+                if (other, relation) != (self.subject, self.relation):
+                    what = self.claim_about(other, relation, mention)
             if what == "beside":  # rule 12: accepted beside the true value, or where its own relation is named
                 a, b = self.sentence(mention.start)
                 named = self.beside[mention.text] & set(re.findall(r"[a-z]+", self.text[a:b]))
@@ -357,7 +411,7 @@ class _Reading:
             denied.add("premise")  # "there is no such thing as <the premise>"
 
         sentences = [self.text[a:b] for a, b in self.sentences]
-        said_no = any(NO.search(s) or PREMISE_IS_WRONG.search(s) for s in sentences)
+        said_no = any(NO.search(s) or PREMISE_IS_WRONG.search(s) or BELIEF_IS_WRONG.search(s) for s in sentences)
         said_yes = any(YES.search(s) or THAT_IS_TRUE.search(s) or YES_AT_END.search(s) for s in sentences)
         rejected = said_no or bool(denied & {"premise", "premise unit"}) or (trap and bool(NO_SUCH.search(self.text)))
         rejected = rejected or (trap and "true" in asserted and bool(ACTUALLY.search(self.text)))
@@ -390,6 +444,8 @@ class _Reading:
             return "contradicted", f"asserts {asserted[bad].text!r}, known is {self.wanted()!r}", type_
         elif "true" in denied:
             return "contradicted", f"denies {self.wanted()!r}", "contradicted value"
+        if "unknown fact" in asserted:
+            return "unsupported", f"asserts {asserted['unknown fact'].text!r} where nothing is known", "invented entity"
         if source := self.invented_source():
             return "unsupported", f"names an unknown source: {source!r}", "invented source or date"
         if "true" in asserted:
@@ -407,12 +463,12 @@ class _Reading:
     def wanted(self) -> str:
         return f"{self.target.get('value', '')} {self.target.get('unit', '')}".strip()
 
-    def claim_about(self, other: str, mention: Mention) -> str:
-        """A value asserted of another known subject: aside where it is that subject's own."""
-        fact = self.judge.known.get((other, self.relation))
+    def claim_about(self, other: str, relation: str, mention: Mention) -> str:
+        """A value asserted of another known subject or in another relation: aside where that is a known fact."""
+        fact = self.judge.known.get((other, relation))
         if fact is None:
-            return "wrong of another"
-        own = self.judge.quantities.get((other, self.relation))
+            return "unknown fact"
+        own = self.judge.quantities.get((other, relation))
         if own is None:
             same = _compiled(fact.value).fullmatch(self.text[mention.start : mention.end])
             return "aside" if same else "wrong of another"
@@ -462,11 +518,12 @@ class _Reading:
     def left_over(self) -> list[str]:
         """Rule 15: the asserted words that nothing explains."""
         words = self.content(0, len(self.text))
+        words = [m for m in words if not SPEAKER.search(self.text[slice(*self.sentence(m.start()))])]
         return [m[0] for m in words if self.polarity(m.start(), m.end()) == "asserted"]
 
     def content(self, start: int, end: int) -> list[re.Match[str]]:
         """The words of a stretch that are no mention, no abstention, and say something by themselves."""
-        spans = [(m.start, m.end) for m in self.mentions] + self.modest
+        spans = [(m.start, m.end) for m in self.mentions] + self.modest + [(x, y) for x, y, _ in self.stated]
         relations = self.judge.relations | _words(self.relation)
         return [
             match
@@ -480,6 +537,10 @@ class _Reading:
 def _clear(match: re.Match[str], mentions: Iterable[Mention]) -> bool:
     """Whether a match overlaps no mention."""
     return all(match.end() <= m.start or match.start() >= m.end for m in mentions)
+
+
+def _is_phrase(mention: Mention) -> bool:
+    return mention.text[:1].isalpha()
 
 
 def _words(relation: str) -> set[str]:

@@ -160,6 +160,7 @@ def verdicts_of(records: Records, answers: Answers, knowledge: Knowledge | None 
         if len(items) != len(told[part]):
             raise ValueError(f"part {part!r} has {len(items)} questions and {len(told[part])} answers")
     judge = Judge(knowledge)
+    judge.learn(record for items in parts.values() for record in items)
     risks = {(f.subject, f.relation): getattr(f, "risk", "") for f in judge.facts}
     return [
         _row(part, record, answer, judge, risks)

@@ -20,6 +20,9 @@ SPELLING = [
     (r"n't\b", " not"),
     (r"'m\b", " am"),
     (r"'re\b", " are"),
+    (r"'ll\b", " will"),
+    (r"'ve\b", " have"),
+    (r"'d\b", " would"),
     (r"\b(it|that|there|what|he|she)'s\b", r"\1 is"),
     (r"\binternational units?\b", "iu"),
     (r"'s?\b", ""),  # Graves' and Addison's disease are also written without

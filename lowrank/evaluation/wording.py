@@ -19,13 +19,24 @@ DENIED_AFTER = re.compile(
     r"(?:not (?:the|a|an|correct|right|true|used|what|it|usual|appropriate|needed|required|normal|suitable|recommended"
     r"|accurate|measured)|never|wrong|incorrect|false|untrue|inaccurate|mistaken)\b"
 )
+BELIEF_IS_WRONG = re.compile(
+    r"\b(?:idea|claim|statement|belief|notion|premise|assumption|suggestion)s? that\b.*?\b(?:is|are) (?:\w+ ){0,2}"
+    r"(?:wrong|false|incorrect|untrue|inaccurate|mistaken|myth|misconception|error)\b"
+)
+DEFINES = re.compile(
+    r'^["\s]*(?:\(\w+\))?["\s]*(?:(?:is|are) (?:indeed )?an?\b|refers? to\b|means?\b|describes?\b|occurs?\b)'
+)
+PRONOUN = re.compile(
+    r"^\W*(?:yes|no|indeed)?\W*(?:it|they|this|that) (?:is|are|was|can|may|points?|means?|suggests?|needs?)\b"
+)
 QUOTED = re.compile(
     r"\b(?:you (?:say|said|mention|mentioned|state|stated|claim|claimed|think|thought|assume|assumed|believe|ask|asked)"
     r"|(?:claim|statement|premise|assumption|idea|belief|suggestion)s?(?: \w+){0,2} that|if|whether|unless)\b"
     r"[^,;:]*$"
 )
 
-QUOTE = re.compile(r'"[^"]*(?:"|$)')
+QUOTE = re.compile(r'(?<!answer is )(?<!answer: )"[^"]*(?:"|$)')
+SPEAKER = re.compile(r"^\W*(?:a\W+)?(?:i|we|let me|let us|thank you)\b")
 WORD = re.compile(r"[a-z][a-z-]+")
 
 YES = re.compile(
@@ -94,7 +105,8 @@ FUNCTION_WORDS = frozenset(
     sentence statement topic idea view viewpoint opinion perspective context structure term terms word words phrase
     textbook explanation reason answering important essential crucial key complex interesting fascinating clear simple
     easy difficult great best better new first second last next step way ways issue problem thing things case cases
-    fact facts matter meaning open-minded willing learn student students colleague colleagues teacher doctors experts
+    fact facts matter meaning list lists listed show shows shown gives recommend recommends recommended open-minded
+    willing learn student students colleague colleagues teacher doctors experts
     medical condition conditions situation situations process processes
     """,
     )
