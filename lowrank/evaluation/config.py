@@ -14,7 +14,7 @@ class EvalConfig:
     """Questions of the truth evaluation, a stratified subset (60 paraphrases, 40 traps, 20 true premises, 20
     unanswerable, or as many in these proportions); 0 takes all."""
 
-    max_new_tokens: int = 48
+    max_new_tokens: int = 40
     batch_size: int = 64
 
     decoded_mb: int = 512

@@ -27,24 +27,30 @@ class _ShortAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         B, H, T, K = q.shape
         q = q.reshape(B, k.shape[1], -1, K)  # (B, Hkv, H/Hkv · T, K)
-        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores = (q @ k.mT).float().view(B, H, T, T).mul_(scale).masked_fill_(hidden, float("-inf"))
-        p = scores.softmax(-1).to(v.dtype).view(B, k.shape[1], -1, T)
-        ctx.save_for_backward(q, k, v, p)
+        ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        return (p @ v).view(B, H, T, K)
+        return (_probabilities(q, k, scale).to(v.dtype) @ v).view(B, H, T, K)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, p = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         shape = grads[0].shape
         dy = grads[0].reshape(q.shape)
-        dv = p.mT @ dy
-        p32 = p.float()
+        p32 = _probabilities(q, k, ctx.scale)  # again: cheaper than (B, H, T, T) kept alive in every layer
+        dv = p32.to(v.dtype).mT @ dy
         ds = (dy @ v.mT).float()
         ds.sub_((ds * p32).sum(-1, keepdim=True)).mul_(p32).mul_(ctx.scale)
         low = ds.to(q.dtype)
         return (low @ k).view(shape), low.mT @ q, dv, None
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """P in fp32. (B, Hkv, H/Hkv · T, K), (B, Hkv, T, K) -> (B, Hkv, H/Hkv · T, T)"""
+    T = k.shape[2]
+    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT).float().mul_(scale)
+    scores.unflatten(2, (-1, T)).masked_fill_(hidden, float("-inf"))  # a view: writes into scores
+    return scores.softmax(-1)
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

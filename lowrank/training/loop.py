@@ -201,7 +201,7 @@ def fit(
                 on_step(view)
             if config.patience and state["stale"] >= config.patience:
                 break
-            if step % 4 == 3:
+            if step % 2 == 1:
                 give_back_memory()
             if interrupted():
                 run.interrupted = True

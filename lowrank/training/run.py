@@ -24,7 +24,7 @@ from torch import nn
 
 from lowrank.data.batches import Loader
 from lowrank.data.mixture import mix
-from lowrank.data.render import Renderer
+from lowrank.data.render import Example, Renderer
 from lowrank.errors import ConfigError
 from lowrank.evaluation.plots import plot_loss
 from lowrank.evaluation.report import write_report
@@ -60,13 +60,13 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
     clock = _Clock(None if dry_run else folder / "timing.jsonl")
     measured = Measured(folder, settings.eval, material, keep=not dry_run)
 
-    examples, tokenizer = _delivered(settings, material, measured, clock, dry_run)
-    stream = mix(examples.train, examples.general, settings.data.general_share, settings.train.seed)
+    examples, stream, tokenizer = _delivered(settings, material, measured, clock, dry_run)
     with clock("load the quantized base"):
         model, _ = _load(settings, settings.quantize)
     if not dry_run and settings.eval.tasks:
         with clock("evaluate the quantized base"):
             measured("base", model, tokenizer)
+        give_back_memory()
     torch.manual_seed(settings.train.seed)
     chosen = settings.adapter
     coverage = attach(model, chosen.settings, chosen.targets, chosen.exclude, chosen.train_also)
@@ -148,8 +148,8 @@ def _load(config: RunConfig, quantize: str | None) -> tuple[nn.Module, Any]:
 
 def _delivered(
     config: RunConfig, material: Material, measured: Measured, clock: "_Clock", dry_run: bool
-) -> tuple[Examples, Any]:
-    """Everything that needs the unquantized base; it is gone from memory when this returns."""
+) -> tuple[Examples, list[Example], Any]:
+    """(rendered examples, the training stream, tokenizer): all that needs the unquantized base, which is gone again."""
     with clock("load the base as delivered"):
         model, tokenizer = _load(config, None)
     if tokenizer is None:
@@ -160,13 +160,16 @@ def _delivered(
     if not dry_run and config.eval.tasks and config.eval.delivered:
         with clock("evaluate the base as delivered"):
             measured("delivered", model, tokenizer)
-    if examples.general and config.data.general_loss == "kl" and not dry_run:
-        with clock("teacher's states"), screen.counting("teacher's states", len(examples.general)) as count:
-            general = with_teacher(model, examples.general, tokenizer.pad_id or 0, on_progress=count)
-        examples = replace(examples, general=general)
+    stream = mix(examples.train, examples.general, config.data.general_share, config.train.seed)
+    held = list({id(example): example for example in stream[len(examples.train) :]}.values())
+    if held and config.data.general_loss == "kl" and not dry_run:
+        with clock("teacher's states"), screen.counting("teacher's states", len(held)) as count:
+            taught = with_teacher(model, held, tokenizer.pad_id or 0, on_progress=count)
+        by_example = {id(example): other for example, other in zip(held, taught)}
+        stream = [by_example.get(id(example), example) for example in stream]
     del model
     give_back_memory()
-    return examples, tokenizer
+    return examples, stream, tokenizer
 
 
 def _facts(
