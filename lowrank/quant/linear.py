@@ -55,12 +55,10 @@ class _Kept:
     def product(self, layer: "QuantizedLinear", x: Tensor) -> Tensor | None:
         """x Qᵀ + b with what is kept of this layer; None where it has to decode."""
         q, bias = layer.quantized, layer.bias
-        if packable(q, x):
-            if x.numel() >= PACKED_ROWS * layer.in_features:
-                return None  # a prompt: one decode serves many rows
+        if x.numel() < PACKED_ROWS * layer.in_features and packable(q, x):
             packed = self._get(layer, "packed", q, q.numel // 2 + 4 * q.scales.numel(), lambda: pack_product(q))
-            y = None if packed is None else packed(x)
-            return y if y is None or bias is None else y + bias
+            if packed is not None:
+                return packed(x) if bias is None else packed(x) + bias
         weight = self._get(layer, x.dtype, q, q.numel * x.dtype.itemsize, lambda: q.dequantize(x.dtype))
         return None if weight is None else F.linear(x, weight, bias)
 
