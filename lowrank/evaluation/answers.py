@@ -477,7 +477,7 @@ class _Reading:
 
     def invented_source(self) -> str:
         """Rule 14: a source with a capital letter, or a year, that the evidence does not have."""
-        taken = [m for m in self.mentions if m.end > m.start]
+        taken = [m for m in self.mentions if m.end > m.start and not m.text.isdigit()]  # a bare number may be a year
         for match in ACCORDING_TO.finditer(self.original):
             words = [w for w in re.findall(r"\b[A-Z][\w-]*", match[1]) if normalise(w) not in self.judge.evidence]
             words = [w for w in words if not any(_compiled(w).search(normalise(m.text)) for m in taken)]

@@ -24,7 +24,7 @@ BELIEF_IS_WRONG = re.compile(
     r"(?:wrong|false|incorrect|untrue|inaccurate|mistaken|myth|misconception|error)\b"
 )
 DEFINES = re.compile(
-    r'^["\s]*(?:\(\w+\))?["\s]*(?:(?:is|are) (?:indeed )?an?\b|refers? to\b|means?\b|describes?\b|occurs?\b)'
+    r'^["\s]*(?:\(\w+\))?["\s]*(?:(?:is|are) (?:\w+ly |indeed )?an?\b|refers? to\b|means?\b|describes?\b|occurs?\b)'
 )
 PRONOUN = re.compile(
     r"^\W*(?:yes|no|indeed)?\W*(?:it|they|this|that) (?:is|are|was|can|may|points?|means?|suggests?|needs?)\b"
