@@ -70,7 +70,8 @@ class Renderer:
             )
         ids: list[int] = []
         labels: list[int] = []
-        done = ""  # the text that ids stand for
+        done = ""  # the text that ids and between stand for
+        between: list[int] = []  # what the template writes behind an answer: read before the next turn, never learned
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -80,10 +81,10 @@ class Renderer:
             question = (
                 self._encode(prompt[len(done) :]) if self.tokenizer.chat_template else self._plain_ids(prompt, done)
             )
-            answer = self._answer_ids(full[len(prompt) :])
-            ids += question + answer
-            labels += [IGNORE] * len(question) + answer
-            done = full
+            answer, behind = self._answer_ids(full[len(prompt) :])
+            ids += between + question + answer
+            labels += [IGNORE] * len(between + question) + answer
+            done, between = full, behind
         if len(ids) > self.max_length:
             ids, labels = ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORE for label in labels[1:]):
@@ -112,13 +113,13 @@ class Renderer:
     def _plain_ids(self, prompt: str, done: str) -> list[int]:
         return self.tokenizer.encode(prompt[len(done) :], add_special=not done)
 
-    def _answer_ids(self, text: str) -> list[int]:
-        """The answer and one end token. What a template writes behind it (a line break) is not for the model to say."""
+    def _answer_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The answer with its end token, and what the template writes behind it (a line break)."""
         ids = self._encode(text) if self.tokenizer.chat_template else self.tokenizer.encode(text)
         ends = [i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids]
         if ends:
-            return ids[: ends[-1] + 1]
-        return [*ids, self.tokenizer.eos_id] if self.tokenizer.eos_id is not None else ids
+            return ids[: ends[-1] + 1], ids[ends[-1] + 1 :]
+        return ([*ids, self.tokenizer.eos_id] if self.tokenizer.eos_id is not None else ids), []
 
 
 def _plain(messages: Iterable[dict[str, str]]) -> str:
