@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapter import carried
 from lowrank.models.decoder import KVCache, positions_from_mask, rounded_up
 from lowrank.models.tokenizer import Tokenizer
 
@@ -96,7 +97,7 @@ def generate_ids(
                 break
             positions = positions[:, -1:] + 1
             alive = [i for i, row in enumerate(rows) if not done[row]]
-            if rounded_up(len(alive), 8) < len(rows):
+            if rounded_up(len(alive), 8) < len(rows) and carried(model).selection.now.rows is None:
                 alive = sorted(alive + [i for i in range(len(rows)) if done[rows[i]]][: -len(alive) % 8])
                 keep = torch.tensor(alive, device=device)
                 cache.keep(keep)

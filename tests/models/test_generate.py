@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.methods.lora import LoRAConfig
 from lowrank.methods.prefix import PrefixConfig
 from lowrank.methods.prompt import PromptConfig
 from lowrank.models.generate import Sampler, generate_ids
@@ -32,6 +33,15 @@ def test_many_rows_leave_the_batch_in_eights(tiny: nn.Module) -> None:
     wanted = [row[: next((i for i, id in enumerate(row) if id in ends), 20)] for row in free]
     assert len({len(row) for row in wanted}) > 2
     assert generate_ids(tiny, PROMPTS * 6, 20, ends) == wanted * 6
+
+
+def test_rows_keep_their_adapters_when_others_are_done(tiny: nn.Module) -> None:
+    lowrank.attach(tiny, LoRAConfig(rank=4))
+    free = generate_ids(tiny, PROMPTS * 4, 20)
+    with lowrank.rows(tiny, ["default", None] * 8):
+        answers = generate_ids(tiny, PROMPTS * 4, 20, {row[3] for row in free[:3]})
+    lowrank.detach(tiny)
+    assert len({len(row) for row in answers}) > 1
 
 
 def test_sampling_is_exact_by_seed_and_row_i_draws_from_seed_plus_i(tiny: nn.Module) -> None:
