@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.kernels.cross_entropy import linear_cross_entropy, linear_kl
+from lowrank.models.decoder import positions_from_mask
 
 
 def targets_in(batch: dict[str, Tensor]) -> int:
@@ -24,7 +25,8 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     hidden_of = getattr(model, "hidden", None)
     if hidden_of is None:
         return _loss_of_logits(model, batch)
-    x = hidden_of(batch["input_ids"], attention_mask=batch["attention_mask"])[:, :-1]  # (B, T - 1, D)
+    positions = positions_from_mask(batch["attention_mask"])  # padding on either side gives the same
+    x = hidden_of(batch["input_ids"], batch["attention_mask"], positions)[:, :-1]  # (B, T - 1, D)
     labels = batch["labels"][:, 1:]
     target = labels >= 0
     losses = []

@@ -149,6 +149,15 @@ def test_padding_on_the_left_gives_the_same_gradient() -> None:
     assert norm_difference(one_step_gradient(batch), one_step_gradient(left)) < 2e-6
 
 
+def test_padding_on_the_left_gives_the_same_loss_where_positions_are_learned() -> None:
+    model, _ = load(FIXTURES / "models" / "gpt2", dtype=torch.float32, progress=False)
+    ids = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    left = {k: nn.functional.pad(v, (4, 0), value=-100 if k == "labels" else 0) for k, v in plain.items()}
+    left["labels"][:, 4] = -100  # the first token has nothing before it to be predicted from
+    assert mean_loss(model, [left]) == pytest.approx(mean_loss(model, [plain]), rel=1e-5)
+
+
 def test_a_row_without_real_tokens_changes_nothing() -> None:
     _, batches, _ = case("lora_fp32")
     batch = batches[0]
