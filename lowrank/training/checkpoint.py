@@ -80,7 +80,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = moments.get(f"{key}.{name}")
                 if value is not None:
-                    state[key] = value if key == "step" else value.to(parameter.device)
+                    state[key] = value.to(parameter.device)  # the step too: fused AdamW counts on the device
         for name, buffer in scores(model).items():
             buffer.copy_(moments[f"buffer.{name}"])
     torch.set_rng_state(moments["random.cpu"])
