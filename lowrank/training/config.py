@@ -116,7 +116,11 @@ def read_config(
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"wanted key=value, such as train.lr=1e-3, got {item!r}")
-        OmegaConf.update(node, ALIASES.get(key, key), OmegaConf.create(f"v: {value}").v, merge=False)
+        try:
+            parsed = OmegaConf.create(f"v: {value}").v
+        except Exception as error:  # as above: YAML's own errors are no ValueErrors
+            raise ConfigError(f"{item!r}: the value is not YAML; put it into quotes, as in '{key}=\"...\"'") from error
+        OmegaConf.update(node, ALIASES.get(key, key), parsed, merge=False)
     values = OmegaConf.to_container(node, resolve=True)
     assert isinstance(values, dict)
     return _run_config(_without_aliases(values), name)

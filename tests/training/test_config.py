@@ -97,3 +97,9 @@ def test_run_folders_are_numbered(tmp_path, monkeypatch) -> None:
     assert str(run_folder(config, resume=False)) == "runs/mine-008"
     with pytest.raises(ConfigError, match="nothing to resume"):
         run_folder(RunConfig(recipe="other"), resume=True)
+
+
+@pytest.mark.parametrize("value", ["[q_proj", "{x: 1", "a: b"])
+def test_an_override_that_is_no_yaml_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="the value is not YAML"):
+        read_config("smoke", [f"adapter.targets={value}"])
