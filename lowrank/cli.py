@@ -91,7 +91,10 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--count", type=int, default=3)
 
     command = add(
-        "merge", _merge, "Merge a run's adapter and say what survives.", "lowrank merge runs/quickstart-001 --to dense"
+        "merge",
+        _merge,
+        "Say what a merge of a run's adapter would keep, layer by layer; nothing is written.",
+        "lowrank merge runs/quickstart-001 --to dense",
     )
     command.add_argument("run_folder", metavar="RUN")
     command.add_argument("--to", choices=("dense", "nf4"), default="dense")
@@ -255,7 +258,9 @@ def _domain(args: argparse.Namespace) -> int:
     questions.write(args.to)
     for split, counts in questions.counts().items():
         print(f"{split}: {', '.join(f'{n} {part}' for part, n in counts.items())}")
-    print(f"wrote {args.to}; train on it: lowrank train quickstart data.path={args.to}/train.jsonl")
+    with_templates = f" data.templates={args.templates}" if args.templates else ""
+    print(f"wrote {args.to}, to be looked at. Train on the knowledge base itself, its evaluation included:")
+    print(f"  lowrank train quickstart data.path={args.knowledge}{with_templates} data.subjects=null")
     return 0
 
 

@@ -118,6 +118,12 @@ def _checked_description(folder: Path) -> dict[str, Any]:
 
 def _check_base(model: nn.Module, description: dict[str, Any], folder: Path, force: bool) -> None:
     origin = getattr(model, "origin", None)
+    template, own = description.get("chat_template"), getattr(origin, "chat_template", None)
+    if template and own and template != own and not force:
+        raise ValueError(
+            f"{folder} was trained with another chat template than the model has: load the model with"
+            f" template=... as in training (it begins {template[:40]!r}), or pass force=True"
+        )
     for field, what in (("base_hash", "base model"), ("tokenizer_hash", "tokenizer")):
         saved, here = description.get(field), getattr(origin, field, None)
         if saved and here and saved != here and not force:

@@ -197,6 +197,16 @@ def _excluded(pattern: str, everything: dict[str, nn.Module]) -> list[str]:
     return found
 
 
+def check_targets(
+    model: nn.Module, config: Any, targets: Targets, exclude: Sequence[str] = (), train_also: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Where `attach` would put the method, and which layers it would copy (pattern -> names); nothing is changed."""
+    method = method_of(config)
+    wanted = list(method.default_targets) if isinstance(method.default_targets, tuple) else method.default_targets
+    found = find_targets(model, wanted if targets is None else targets, exclude, method.place)
+    return found, find_targets(model, list(train_also), place="own") if train_also else {}
+
+
 def attach(
     model: nn.Module,
     config: Any,
@@ -215,9 +225,7 @@ def attach(
     method = method_of(config)
     check_name(model, name)
     require_unmerged(model, "attaching another adapter")
-    wanted = list(method.default_targets) if isinstance(method.default_targets, tuple) else method.default_targets
-    found = find_targets(model, wanted if targets is None else targets, exclude, method.place)
-    copies = find_targets(model, list(train_also), place="own") if train_also else {}
+    found, copies = check_targets(model, config, targets, exclude, train_also)
     config, adapters = build(model, config, _flat(found), _flat(copies))
     layers = places(model)
     _warn_of_rank(config, adapters, layers)

@@ -92,8 +92,10 @@ def test_sub_packages_have_no_init() -> None:
 def test_the_links_are_relative_and_nothing_needs_them() -> None:
     for name in LINKS:
         link = ROOT / name
-        if link.is_symlink():  # a checkout without links (Windows, a zip file) must do as well
+        if link.is_symlink():
             assert os.readlink(link) == f"lowrank/{name}"
+        else:  # a checkout without links (Windows, a zip file) has a small file there, or nothing; never a real folder
+            assert not link.is_dir(), f"{name}/ must be a link to lowrank/{name}: a package of that name shadows others"
     bare = {"kernels", "models", "quant", "methods", "training", "evaluation", "data"}
     for path in [*MODULES.values(), *SCRIPTS]:
         wrong = {name for name in imports_of(path) if name.split(".")[0] in bare}

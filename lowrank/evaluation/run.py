@@ -136,11 +136,20 @@ def evaluate(
         measured("delivered", model, tokenizer)
     path = folder / "results.json"
     kept = read_json(path) if path.is_file() else {}
-    results = {**kept, **measured.results}
-    write_jsonl(folder / "samples.jsonl", samples(measured.rows))
+    results = {**kept, **{column: _onto(kept.get(column), found) for column, found in measured.results.items()}}
+    if "truth" in tasks:  # without questions there are no answers, and those of before stay
+        write_jsonl(folder / "samples.jsonl", samples(measured.rows))
     write_json(path, results)
     write_report(folder, results, notice=material.notice)
     return results
+
+
+def _onto(before: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """New figures of one column over the old ones: a task that was not asked for keeps what it had."""
+    if not isinstance(before, dict):
+        return found
+    nested = {key: {**before.get(key, {}), **found.get(key, {})} for key in ("n", "intervals")}
+    return {**before, **found, **nested}
 
 
 def _against(folder: Path, other: Path, measured: Measured) -> dict[str, Any]:

@@ -112,6 +112,9 @@ def read_config(
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(node, DictConfig):
         raise ConfigError(f"a configuration must be a mapping of keys to values, got {type(node).__name__}")
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    node = OmegaConf.create(_without_aliases(values))
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:
@@ -120,10 +123,12 @@ def read_config(
             parsed = OmegaConf.create(f"v: {value}").v
         except Exception as error:  # as above: YAML's own errors are no ValueErrors
             raise ConfigError(f"{item!r}: the value is not YAML; put it into quotes, as in '{key}=\"...\"'") from error
+        if key in ALIASES:
+            print(f"config: {key} is read as {ALIASES[key]}")
         OmegaConf.update(node, ALIASES.get(key, key), parsed, merge=False)
     values = OmegaConf.to_container(node, resolve=True)
     assert isinstance(values, dict)
-    return _run_config(_without_aliases(values), name)
+    return _run_config(values, name)
 
 
 def recipe_path(source: str | Path) -> Path:
@@ -148,7 +153,8 @@ def _without_aliases(values: dict[Any, Any]) -> dict[str, Any]:
     clean: dict[str, Any] = {}
     for key, value in values.items():
         if key not in ALIASES:
-            clean[key] = dict(value) if isinstance(value, dict) else value
+            empty = {} if value is None and key in ("adapter", "data", "train", "eval") else value
+            clean[key] = dict(value) if isinstance(value, dict) else empty
     for key in values.keys() & ALIASES.keys():
         path = ALIASES[key].split(".")
         target = clean

@@ -43,7 +43,8 @@ class TrainConfig(OptimConfig):
     """Examples a forward pass; None takes the whole batch at once. It changes memory, never the gradient."""
 
     seed: int = 0
-    """Fixes the adapter's initial values, the data order and dropout."""
+    """Fixes the adapter's initial values, the data order and dropout of a whole run; `fit` alone takes the random state
+    as it finds it."""
 
     eval_every: int = 0
     """Steps between validations; 0 leaves them out."""
@@ -134,6 +135,10 @@ def fit(
     source = batches if hasattr(batches, "state_dict") else Cycle(batches)
     steps = config.steps or config.epochs * source.batches_per_epoch
     folder = None if folder is None else Path(folder)
+    if (config.keep_best or config.patience) and not validation:
+        raise ValueError("keep_best and patience look at the validation loss: give validation data (data.validation)")
+    if folder is not None and not resume and checkpoints(folder):
+        raise ValueError(f"{folder} holds checkpoints of another run: choose another folder, or go on with resume=True")
     optimizer = make_optimizer(model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if hasattr(model, "checkpointing"):
@@ -207,7 +212,7 @@ def fit(
                 run.interrupted = True
                 save()
                 break
-            if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
+            if config.save_every and ((step + 1) % config.save_every == 0 or step + 1 == steps):
                 save()
     if best_weights and not run.interrupted:
         with torch.no_grad():
@@ -331,8 +336,8 @@ def give_back_memory() -> None:
 
 def peak_memory_mb() -> float:
     """The most memory this process has held: on the GPU where it has one, else resident (ru_maxrss), in MB (10^6)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+    if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
+        return most / 1e6
     try:
         import resource
     except ImportError:  # Windows

@@ -32,6 +32,10 @@ class Material:
 
 def read_material(config: DataConfig, seed: int) -> Material:
     """The records that `data.path` names. ConfigError where it is neither a bundled domain nor a file."""
+    if config.validation is not None and (config.templates is not None or config.path in BUNDLED):
+        raise ConfigError(
+            f"data.validation is for a file of records; {config.path!r} brings its own held-out questions"
+        )
     if config.templates is not None:
         knowledge = read_knowledge(config.path)
         knowledge = knowledge if config.subjects is None else knowledge.subset(config.subjects)

@@ -32,7 +32,7 @@ from lowrank.evaluation.run import Measured, table_of
 from lowrank.files import write_json, write_jsonl, write_text
 from lowrank.models.load import load
 from lowrank.store import save_adapter
-from lowrank.targets import attach
+from lowrank.targets import attach, check_targets
 from lowrank.training import screen
 from lowrank.training.config import RunConfig, read_config, to_yaml
 from lowrank.training.loop import Run, fit, give_back_memory, peak_memory_mb
@@ -52,14 +52,22 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
     settings = read_config(config, overrides)
     folder = run_folder(settings, resume, dry_run)
     settings = replace(settings, output_dir=str(folder))
+    if resume:
+        _require_same(settings, read_config(folder / "config.yaml"), folder)
     material = read_material(settings.data, settings.train.seed)
-    if not dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(settings))
-        write_json(folder / "versions.json", versions())
-    clock = _Clock(None if dry_run else folder / "timing.jsonl")
-    measured = Measured(folder, settings.eval, material, keep=not dry_run)
+    if dry_run:
+        return _run(settings, material, folder, resume, dry_run)
+    try:
+        return _run(settings, material, folder, resume, dry_run)
+    except KeyboardInterrupt:
+        if (folder / "config.yaml").is_file():
+            screen.console.print(f"\nstopped; {_how_to_go_on(folder)}")
+        raise
 
+
+def _run(settings: RunConfig, material: Material, folder: Path, resume: bool, dry_run: bool) -> Run:
+    clock = _Clock()
+    measured = Measured(folder, settings.eval, material, keep=not dry_run)
     examples, stream, tokenizer = _delivered(settings, material, measured, clock, dry_run)
     with clock("load the quantized base"):
         model, _ = _load(settings, settings.quantize)
@@ -84,10 +92,7 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
         run = fit(model, loader, settings.train, validation=validation, folder=folder, resume=resume, on_step=show)
     run.folder = folder
     if run.interrupted:
-        screen.console.print(
-            f"\nstopped after step {run.metrics['steps']} of {steps}; everything is kept. Go on with:\n"
-            f"  lowrank train {folder / 'config.yaml'} --resume"
-        )
+        screen.console.print(f"\nstopped after step {run.metrics['steps']} of {steps}; {_how_to_go_on(folder)}")
         return run
     save_adapter(model, folder / "adapter")
     if settings.eval.tasks:
@@ -105,6 +110,29 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
         write_report(folder, run.results, notice=material.notice)
     _finish(run, material, tokenizer)
     return run
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"everything is kept. Go on with:\n  lowrank train {folder / 'config.yaml'} --resume"
+
+
+def _require_same(given: RunConfig, saved: RunConfig, folder: Path) -> None:
+    """ConfigError where a resumed run is asked for with other settings than it was begun with."""
+    before, now = to_yaml(replace(saved, output_dir=str(folder))), to_yaml(given)
+    changed = [line.strip() for line in now.splitlines() if line not in before.splitlines()]
+    if changed:
+        raise ConfigError(
+            f"{folder} was begun with other settings ({changed[0]} is new); a run resumes as it was begun:"
+            f" lowrank train {folder / 'config.yaml'} --resume"
+        )
+
+
+def _begin(settings: RunConfig, folder: Path, clock: "_Clock") -> None:
+    """Everything that can be refused has been looked at: from here on the run leaves files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", to_yaml(settings))
+    write_json(folder / "versions.json", versions())
+    clock.keep(folder / "timing.jsonl")
 
 
 def run_folder(config: RunConfig, resume: bool, dry_run: bool = False) -> Path:
@@ -157,6 +185,11 @@ def _delivered(
             f"{config.model} has no tokenizer, so text cannot become tokens; add its tokenizer.json or tokenizer.model"
         )
     examples = render(material, Renderer(tokenizer, config.data.max_length), with_general=config.data.general_share > 0)
+    check_targets(
+        model, config.adapter.settings, config.adapter.targets, config.adapter.exclude, config.adapter.train_also
+    )
+    if not dry_run:
+        _begin(config, Path(str(config.output_dir)), clock)
     if not dry_run and config.eval.tasks and config.eval.delivered:
         with clock("evaluate the base as delivered"):
             measured("delivered", model, tokenizer)
@@ -225,12 +258,16 @@ def versions() -> dict[str, str]:
 class _Clock:
     """Times the phases of a run; each leaves a row in timing.jsonl."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self.path: Path | None = None
         self.started = time.perf_counter()
         self.rows: list[dict[str, Any]] = []
-        if path is not None and path.is_file():  # a resumed run keeps what the first part took
-            self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def keep(self, path: Path) -> None:
+        """Write to `path` from now on, behind what the first part of a resumed run took."""
+        self.path = path
+        if path.is_file():
+            self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] + self.rows
 
     def total(self) -> float:
         return time.perf_counter() - self.started

@@ -13,7 +13,7 @@ from rich.text import Text
 from lowrank.data.render import IGNORE, Example
 from lowrank.targets import Coverage
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def start_screen(facts: dict[str, str], coverage: Coverage, sample: Example, decode: Any) -> Group:
@@ -68,7 +68,7 @@ def progress_line(total: int, every: int = 20) -> Iterator[Any]:
         )
         return
     with Progress(
-        BarColumn(bar_width=20), TextColumn("{task.description}"), console=console, transient=False
+        BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=console, transient=False
     ) as progress:
         task = progress.add_task("the first step takes longest", total=total)
 

@@ -71,6 +71,13 @@ def test_what_cannot_be_run_is_refused(tmp_path, text: str, message: str) -> Non
         read_config(tmp_path / "bad.yaml")
 
 
+def test_a_file_s_alias_is_overridden_on_the_command_line(tmp_path, capsys) -> None:
+    (tmp_path / "theirs.yaml").write_text("lora_r: 8\nadapter:\n")
+    assert read_config(tmp_path / "theirs.yaml", ["lora_r=4"]).adapter.settings.rank == 4
+    assert read_config(tmp_path / "theirs.yaml", ["adapter.rank=5"]).adapter.settings.rank == 5
+    assert "lora_r is read as adapter.rank" in capsys.readouterr().out
+
+
 def test_a_missing_file_names_the_recipes() -> None:
     with pytest.raises(ConfigError, match=r"no configuration file 'quikstart' \(did you mean 'quickstart'\?\)"):
         recipe_path("quikstart")

@@ -63,10 +63,15 @@ def test_a_run_leaves_its_files_and_its_adapter_loads(model_folder, tmp_path, ca
     assert run.log[-1]["loss"] < run.log[0]["loss"]
     said = capsys.readouterr().out
     assert "q_proj" in said and "what is number" in said and "step 12/12" in said
+    other, _ = lowrank.load(model_folder, quantize="nf4-dq", dtype=torch.float32, template="chatml")
+    with pytest.raises(ValueError, match="trained with another chat template"):
+        lowrank.load_adapter(other, run.folder / "adapter")
     model, _ = lowrank.load(model_folder, quantize="nf4-dq", dtype=torch.float32, template="plain")
     assert lowrank.load_adapter(model, run.folder / "adapter") == "run"
     with pytest.raises(ConfigError, match="holds a run"):
         train({}, settings(model_folder, tmp_path))
+    with pytest.raises(ConfigError, match=r"begun with other settings \(lr: 0.5 is new\)"):
+        train(run.folder / "config.yaml", ["train.lr=0.5"], resume=True)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(model_folder, tmp_path) -> None:
@@ -121,6 +126,7 @@ def test_bad_data_stops_the_run_before_it_trains(model_folder, tmp_path, text, e
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(error, match=message):
         train({}, settings(model_folder, tmp_path))
+    assert not (tmp_path / "run").exists()  # the next try needs no other folder
 
 
 def test_other_bad_input(model_folder, tmp_path) -> None:
@@ -128,7 +134,8 @@ def test_other_bad_input(model_folder, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"is no file and no bundled domain \(did you mean 'labtests'"):
         train({}, settings(model_folder, tmp_path, **{"data.path": "labtest"}))
     with pytest.raises(ValueError, match=r"no module matches target 'v_porj' \(did you mean 'v_proj'"):
-        train(
-            {},
-            settings(model_folder, tmp_path, **{"adapter.targets": "[q_proj,v_porj]", "output_dir": tmp_path / "r2"}),
-        )
+        train({}, settings(model_folder, tmp_path, **{"adapter.targets": "[q_proj,v_porj]"}))
+    with pytest.raises(ConfigError, match="brings its own held-out questions"):
+        train({}, settings(model_folder, tmp_path, **{"data.path": "labtests", "data.validation": "x.jsonl"}))
+    with pytest.raises(ValueError, match="keep_best and patience look at the validation loss"):
+        train({}, settings(model_folder, tmp_path, **{"train.keep_best": True, "train.eval_every": 2}))
