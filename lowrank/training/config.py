@@ -126,9 +126,8 @@ def read_config(
         if key in ALIASES:
             print(f"config: {key} is read as {ALIASES[key]}")
         OmegaConf.update(node, ALIASES.get(key, key), parsed, merge=False)
-    values = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(values, dict)
-    return _run_config(values, name)
+    final: Any = OmegaConf.to_container(node, resolve=True)
+    return _run_config(final, name)
 
 
 def recipe_path(source: str | Path) -> Path:
