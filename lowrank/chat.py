@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from lowrank.active import activate
-from lowrank.models.generate import generate
+from lowrank.data.render import Renderer
+from lowrank.models.generate import generate_ids
 from lowrank.models.load import load
+from lowrank.quant.linear import decoded
 from lowrank.training.reopen import reopen
 
 
@@ -24,8 +26,14 @@ def chat(source: str, adapters: Sequence[str] | None, max_new_tokens: int, tempe
     """Read lines until an empty one or the end of input; each answer sees the conversation so far."""
     model, tokenizer = open_model(source)
     if adapters is not None:
-        activate(model, list(adapters) or None)
+        activate(model, None if list(adapters) in ([], ["none"]) else list(adapters))
     print("an empty line ends the conversation; /new starts another")
+    renderer = Renderer(tokenizer)  # the same prompt as in training and evaluation
+    with decoded(model):
+        return _talk(model, tokenizer, renderer, max_new_tokens, temperature)
+
+
+def _talk(model: nn.Module, tokenizer: Any, renderer: Renderer, max_new_tokens: int, temperature: float) -> int:
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -38,6 +46,8 @@ def chat(source: str, adapters: Sequence[str] | None, max_new_tokens: int, tempe
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        answer = generate(model, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature)
+        ids = renderer.conversation_ids(messages)
+        new = generate_ids(model, [ids], max_new_tokens, tokenizer.eos_ids, tokenizer.pad_id, temperature)
+        answer = tokenizer.decode(new[0]).strip()
         print(answer)
-        messages.append({"role": "assistant", "content": str(answer)})
+        messages.append({"role": "assistant", "content": answer})

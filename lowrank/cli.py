@@ -14,7 +14,12 @@ from lowrank.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+    top = parser()
+    args, behind = top.parse_known_args(arguments)  # key=value may also stand behind a flag
+    if behind and not (args.run is _train and all("=" in word and not word.startswith("-") for word in behind)):
+        top.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:
+        args.settings = [*args.settings, *behind]
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -71,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("chat", _chat, "Talk to a run's model.", "lowrank chat runs/quickstart-001")
     command.add_argument("run_folder", metavar="RUN", help="a run's folder, or a model")
-    command.add_argument("--adapter", help="adapters that act, comma-separated; none: the base model")
+    command.add_argument("--adapter", help="adapters that act, comma-separated; `none` is the base model")
     command.add_argument("--max-new-tokens", type=int, default=128)
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest token")
 

@@ -76,3 +76,11 @@ def test_domain_build_writes_a_domain_that_trains(tmp_path, capsys) -> None:
     assert main(command) == 0
     assert "train:" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "out" / "train.jsonl")]) == 0
+
+
+def test_key_value_may_stand_behind_a_flag(tmp_path, capsys) -> None:
+    folder = tmp_path / "none-here"
+    assert main(["train", "smoke", "--resume", f"output_dir={folder}"]) == 2
+    assert f"nothing to resume: {folder} holds no run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "smoke", "--resum", "x"])

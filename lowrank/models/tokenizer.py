@@ -1,7 +1,8 @@
 """Text to ids and back: tokenizer.json, tokenizer.model (sentencepiece) or GGUF metadata, behind one small class.
 
-Special tokens written in a text are plain text unless `parse_special=True`: what a user types never becomes a
-control token. A chat template's text, which holds them on purpose, is encoded with `parse_special=True`.
+Special tokens written in a text are plain text unless `parse_special=True`. A chat template's text holds them on
+purpose and is encoded with it, so a control token that somebody types into a message counts as one, as in the
+checkpoint's own tools: check what comes from strangers before it goes into a template.
 """
 
 import hashlib
