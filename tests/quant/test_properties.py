@@ -121,9 +121,10 @@ DOUBLE = [layout for layout in LAYOUTS if layout[1]]
 
 
 def for_all(count: int, strategy: st.SearchStrategy, holds: Callable[..., None], *more: st.SearchStrategy) -> None:
-    """Check `holds` on `count` examples: the same ones in every quick run and in CI, fresh ones in a slow run by hand."""
+    """Check `holds` on `count` examples: the same ones in a quick run and in CI, fresh ones in a slow run by hand."""
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    profile = settings(deadline=None, suppress_health_check=checks, derandomize=count == QUICK or "CI" in os.environ, print_blob=True)
+    pinned = count == QUICK or "CI" in os.environ
+    profile = settings(deadline=None, suppress_health_check=checks, derandomize=pinned, print_blob=True)
     settings(profile, max_examples=int(count * FACTOR))(given(strategy, *more)(holds))()
 
 
