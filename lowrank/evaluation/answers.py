@@ -7,7 +7,7 @@ asserted is compared with the knowledge base. Nothing here depends on a model, a
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from lowrank.data.records import Record
@@ -523,15 +523,14 @@ class _Reading:
 
     def content(self, start: int, end: int) -> list[re.Match[str]]:
         """The words of a stretch that are no mention, no abstention, and say something by themselves."""
+        return [match for match in self.saying if start <= match.start() < end]
+
+    @cached_property
+    def saying(self) -> list[re.Match[str]]:
         spans = [(m.start, m.end) for m in self.mentions] + self.modest + [(x, y) for x, y, _ in self.stated]
-        relations = self.judge.relations | _words(self.relation)
-        return [
-            match
-            for match in WORD.finditer(self.text, start, end)
-            if match[0] not in relations
-            and self.is_content(match[0])
-            and not any(x <= match.start() < y for x, y in spans)
-        ]
+        known = self.judge.relations | _words(self.relation)
+        words = [match for match in WORD.finditer(self.text) if match[0] not in known and self.is_content(match[0])]
+        return [match for match in words if not any(x <= match.start() < y for x, y in spans)]
 
 
 def _clear(match: re.Match[str], mentions: Iterable[Mention]) -> bool:
