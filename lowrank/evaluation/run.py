@@ -146,7 +146,7 @@ def evaluate(
 
 def _onto(before: Any, found: dict[str, Any]) -> dict[str, Any]:
     """New figures of one column over the old ones: a task that was not asked for keeps what it had."""
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or "n" not in found:  # the comparison is no column: it is made anew
         return found
     nested = {key: {**before.get(key, {}), **found.get(key, {})} for key in ("n", "intervals")}
     return {**before, **found, **nested}
