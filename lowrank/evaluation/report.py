@@ -23,6 +23,12 @@ CLASS_COLOURS = {
     "abstained": "var(--calm)",
     "no_claim": "var(--none)",
 }
+SETTINGS = frozenset(
+    "model quantize adapter.method adapter.rank adapter.alpha adapter.targets data.path data.subjects data.general_share"
+    " data.general_loss train.lr train.steps train.epochs train.batch_size train.seed".split()
+)
+"""Shown at once; the others are folded away."""
+
 RISKS = ("high", "medium", "low", "")
 WORST, LISTED = 6, 40  # shown at once, and in all; the others are in samples.jsonl
 
@@ -199,16 +205,16 @@ def _trained(page: Page) -> str:
         return ""
     keys = list(dict.fromkeys(key for config in configs for key in config))
     heads = [("setting", "")] + [(folder.name, "") for folder in page.folders]
-    body = []
+    rows: dict[bool, list[str]] = {True: [], False: []}
     for key in keys:
         values = [config.get(key, "") for config in configs]
-        differ = ' class="up"' if len(set(values)) > 1 else ""
-        body.append(
-            f"<tr><td>{escape(key)}</td>"
-            + "".join(f"<td><span{differ}>{escape(v)}</span></td>" for v in values)
-            + "</tr>"
-        )
-    return html_table(heads, body)
+        differ = len(set(values)) > 1
+        style = ' class="up"' if differ else ""
+        cells = "".join(f"<td><span{style}>{escape(value)}</span></td>" for value in values)
+        rows[differ or key in SETTINGS].append(f"<tr><td>{escape(key)}</td>{cells}</tr>")
+    told = html_table(heads, rows[True]) if rows[True] else ""
+    rest = f"<details><summary>all settings</summary>{html_table(heads, rows[False])}</details>" if rows[False] else ""
+    return told + rest
 
 
 def _curves(page: Page) -> str:
