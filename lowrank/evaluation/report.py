@@ -24,8 +24,11 @@ CLASS_COLOURS = {
     "no_claim": "var(--none)",
 }
 SETTINGS = frozenset(
-    "model quantize adapter.method adapter.rank adapter.alpha adapter.targets data.path data.subjects data.general_share"
-    " data.general_loss train.lr train.steps train.epochs train.batch_size train.seed".split()
+    {
+        *("model", "quantize", "adapter.method", "adapter.rank", "adapter.alpha", "adapter.targets"),
+        *("data.path", "data.subjects", "data.general_share", "data.general_loss"),
+        *("train.lr", "train.steps", "train.epochs", "train.batch_size", "train.seed"),
+    }
 )
 """Shown at once; the others are folded away."""
 
