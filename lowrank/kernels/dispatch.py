@@ -4,7 +4,8 @@
     LOWRANK_KERNELS=ref      the plain reference everywhere
     LOWRANK_KERNELS=triton   Triton everywhere; on a CPU this needs TRITON_INTERPRET=1, set before Python starts
 
-Kernel files take `tl`, `triton`, `store` and `dot` from here, so that they import where Triton is not installed.
+Kernel files take `tl`, `triton`, `store` and `dot` from here, so that they import where Triton is not installed. A
+public function launches inside `with torch.cuda.device_of(x):`, since Triton takes the current GPU, not the tensor's.
 """
 
 import os
@@ -38,7 +39,8 @@ except ImportError:
 
     triton = tl = _Inert()
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # what `triton.jit` goes by; later changes have no effect
+INTERPRETED = tl.constexpr(_interpreted)
 MODES = ("auto", "ref", "triton")
 
 
@@ -81,7 +83,7 @@ def use_triton(*tensors: Tensor) -> bool:
         raise RuntimeError(
             "LOWRANK_KERNELS=triton, but Triton is not installed: install it, or set LOWRANK_KERNELS=ref"
         )
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not _interpreted:
         raise RuntimeError(
             "LOWRANK_KERNELS=triton with a tensor on the CPU needs TRITON_INTERPRET=1, set before Python starts; "
             "or set LOWRANK_KERNELS=ref"
@@ -92,7 +94,7 @@ def use_triton(*tensors: Tensor) -> bool:
 def describe() -> dict[str, str]:
     """What `lowrank doctor` prints about kernels."""
     version = f"Triton {triton.__version__}" if INSTALLED else "Triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if _interpreted:
         version += ", interpreted"
     runs = {"auto": "Triton on a GPU, the plain reference on a CPU", "ref": "the plain reference", "triton": "Triton"}
     return {"kernels": f"{runs[mode()]} (LOWRANK_KERNELS={mode()}; {version})"}

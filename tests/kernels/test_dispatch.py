@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowrank.kernels import dispatch
+from lowrank.kernels.dispatch import dot, store, tl, triton
 from lowrank.quant import packed
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_the_mode_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWRANK_KERNELS", "triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_interpreted", False)
     with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|not installed"):
         dispatch.use_triton(torch.ones(1))
 
@@ -69,7 +70,34 @@ def test_kernel_files_import_without_triton() -> None:
     assert out.startswith("False False") and "needs Triton, which is not installed" in out
 
 
-@pytest.mark.skipif(not dispatch.INSTALLED, reason="needs Triton")
-def test_store_rounds_as_torch_and_dot_is_exact_in_bf16() -> None:
-    script = ROOT / "tests" / "fixtures" / "quant" / "interpreted.py"
-    assert python(str(script), TRITON_INTERPRET="1", LOWRANK_KERNELS="triton").endswith("ok\n")
+@triton.jit
+def copy(x, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    store(y + i, tl.load(x + i, mask=i < n), i < n)
+
+
+@triton.jit
+def square(a, b, c, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    store(c + i, dot(tl.load(a + i), tl.load(b + i), tl.zeros((N, N), tl.float32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_store_rounds_as_torch(dtype, device) -> None:
+    ties = (torch.arange(256, dtype=torch.int32) << 15 | 0x3F800000).view(torch.float32)  # halfway between two bf16
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-41, 3.4e38])
+    x = torch.cat((special, ties, torch.randn(5000))).to(device)
+    y = torch.empty(len(x), dtype=dtype, device=device)
+    copy[(triton.cdiv(len(x), 4096),)](x, y, len(x), BLOCK=4096)
+    assert torch.equal(y.nan_to_num(7), x.to(dtype).nan_to_num(7)) and torch.equal(y.isnan(), x.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dot_is_within_the_rounding_of_its_result(dtype, device) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 32, 32, device=device).to(dtype)
+    c = torch.empty(32, 32, dtype=dtype, device=device)
+    square[(1,)](a, b, c, N=32)
+    exact = a.double() @ b.double()
+    # sums of 32 products in fp32, then one rounding to dtype
+    assert ((c.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 32 * 2**-23 * 8).all()
