@@ -8,18 +8,21 @@ A row whose adapter has a smaller rank is filled up with zero rows of A and zero
 from torch import Tensor
 
 
-def lora_grouped_ref(x: Tensor, A: Tensor, B: Tensor, scaling: Tensor) -> Tensor:
+def lora_grouped_ref(x: Tensor, A: Tensor, B: Tensor, scaling: Tensor | None = None) -> Tensor:
     """The definition, in A's dtype: two batched products.  -> (N, T, O)"""
-    h = (x.to(A.dtype) @ A.mT) * scaling[:, None, None]  # (N, T, R)
-    return h @ B.mT
+    h = x.to(A.dtype) @ A.mT  # (N, T, R)
+    return (h if scaling is None else h * scaling[:, None, None]) @ B.mT
 
 
-def lora_grouped(x: Tensor, A: Tensor, B: Tensor, scaling: Tensor) -> Tensor:
-    """What each row's adapter adds to y.  (N, T, I), (N, R, I), (N, O, R), (N,) -> (N, T, O)"""
+def lora_grouped(x: Tensor, A: Tensor, B: Tensor, scaling: Tensor | None = None) -> Tensor:
+    """What each row's adapter adds to y; `scaling` is 1 unless given.
+
+    (N, T, I), (N, R, I), (N, O, R), (N,) -> (N, T, O) in A's dtype
+    """
     N, R, I = A.shape
-    if x.dim() != 3 or x.shape[::2] != (N, I) or B.shape[::2] != (N, R) or scaling.shape != (N,):
+    if x.dim() != 3 or x.shape[::2] != (N, I) or B.shape[::2] != (N, R) or (scaling is not None and scaling.shape != (N,)):
         raise ValueError(
             "lora_grouped needs x (N, T, I), A (N, R, I), B (N, O, R), scaling (N,), got"
-            f" {[tuple(t.shape) for t in (x, A, B, scaling)]}"
+            f" {[tuple(t.shape) for t in (x, A, B, scaling) if t is not None]}"
         )
     return lora_grouped_ref(x, A, B, scaling)
