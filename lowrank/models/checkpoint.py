@@ -261,7 +261,7 @@ class GGUFCheckpoint:
     def _rows(self, path: str) -> Tensor | None:
         """The order that undoes the converter's permutation of q and k, None where there is none."""
         family, (*_, module, leaf) = family_of(self.config), path.split(".")
-        if not family.gguf_permuted or module not in (family.names.q, family.names.k) or leaf not in ("weight", "bias"):
+        if family.gguf != "llama" or module not in (family.names.q, family.names.k) or leaf not in ("weight", "bias"):
             return None
         heads = self.config.n_heads if module == family.names.q else self.config.n_kv_heads
         return unpermuted(heads * self.config.head_dim, heads)
