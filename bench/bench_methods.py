@@ -1,13 +1,14 @@
 """Every adapter method on the same task: python -m bench.bench_methods [--profile short|full] [--methods lora,dora,...]
 
-The task is the bundled domain on the quickstart model (NF4, double quantization), as the quickstart recipe trains it,
-for a number of steps that the profile sets; each method with its own default targets and a rate that suits it. Columns,
-as PEFT's method comparison has them: what the tuned model gets right (paraphrases, traps), what it forgot (general
-perplexity against the same quantized base), trainable share, forward time over the base's, file size, time and memory.
-Each method runs in a process of its own, so that peak memory is its own. Rows go to bench/results/methods.jsonl, the
-table to standard output, a plot beside it where matplotlib is installed.
+The task is the bundled domain on the quickstart model, its base dense in bf16 (so that PiSSA and LoftQ can start from
+it). The profile sets subjects, steps and questions; each method has its own default targets, and a rate that suits it.
+Columns, as PEFT's method comparison has them: held-out answers that are right, what was forgotten (perplexity of
+general prose against the base's), trained parameters, forward time of 4 x 64 tokens over the base's, size of the file,
+time of training and peak memory of the process. Each method runs in a process of its own.
 
-The short profile is meant to end within 40 minutes on 2 free cores; it ranks methods roughly and proves nothing final.
+A finished method leaves a row in bench/results/methods.jsonl and is not run again (--again does); --table only shows
+them, as Markdown, and draws bench/results/methods.png. The short profile takes about half an hour of one core; one seed
+and some 60 questions rank methods roughly (a share of 60 answers is known to +-6 points) and prove nothing final.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-# rates: about what each paper trains with, scaled to the quickstart's 2e-3 for LoRA
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 32, "alpha": 64, "lr": 2e-3},
     "lora, rslora": {"method": "lora", "rank": 32, "alpha": 16, "rank_stabilized": True, "lr": 2e-3},
     "lora+": {"method": "lora", "rank": 32, "alpha": 64, "lr_ratio": 8.0, "lr": 7e-4},
     "dora": {"rank": 32, "alpha": 64, "lr": 2e-3},
+    "loftq": {"rank": 32, "alpha": 32, "lr": 1e-3},
     "pissa": {"rank": 32, "alpha": 32, "lr": 1e-3},
     "adalora": {"rank": 24, "target_rank": 16, "alpha": 48, "lr": 3e-3},
     "loha": {"rank": 16, "alpha": 16, "lr": 3e-3},
@@ -42,120 +43,138 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_tuning": {"tokens": 20, "lr": 1e-3},
 }
 PROFILES = {
-    "smoke": {"steps": 2, "subjects": 4, "questions": 4},
-    "short": {"steps": 60, "subjects": 12, "questions": 60},
-    "full": {"steps": None, "subjects": None, "questions": None},
+    "smoke": {"steps": 2, "subjects": 4, "questions": 4, "prose": 1000},
+    "short": {"steps": 60, "subjects": 6, "questions": 84, "prose": 4000},
+    "full": {"steps": None, "subjects": 40, "questions": 140, "prose": None},
 }
-COLUMNS = ("paraphrase", "trap", "perplexity", "trainable_share", "overhead", "file_mb", "train_s", "peak_mb")
+BATCH = {"smoke": 4, "short": 4, "full": 16}
+COLUMNS = {
+    "paraphrase": ("facts, other words", "{:.0%}"),
+    "trap": ("traps", "{:.0%}"),
+    "true_premise": ("true premises", "{:.0%}"),
+    "abstention": ("abstains", "{:.0%}"),
+    "forgetting": ("perplexity", "{:+.1%}"),
+    "trainable_share": ("trained", "{:.3%}"),
+    "overhead": ("forward", "{:+.0%}"),
+    "file_mb": ("file, MB", "{:.2f}"),
+    "train_s": ("training, s", "{:.0f}"),
+    "peak_mb": ("peak, MB", "{:.0f}"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, default="short")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default="base;" + ";".join(METHODS), help="names, separated by semicolons")
+    parser.add_argument("--again", action="store_true", help="run a finished method once more")
+    parser.add_argument("--table", action="store_true", help="run nothing: show and draw what is there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, PROFILES[arguments.profile])))
+        print(json.dumps(measure(arguments.one, arguments.profile)))
         return
-    rows = []
-    for name in arguments.methods.split(","):
+    for name in arguments.methods.split(";") if not arguments.table else []:
+        if name in finished(arguments.profile) and not arguments.again:
+            continue
         command = [sys.executable, "-m", "bench.bench_methods", "--one", name, "--profile", arguments.profile]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", flush=True)
             continue
-        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        print(line(rows[-1]), flush=True)
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        print(json.dumps(row), flush=True)
         RESULTS.mkdir(exist_ok=True)
         with open(RESULTS / "methods.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1] | {"profile": arguments.profile}) + "\n")
-    print("\n" + f"{'method':<14}" + "".join(f"{c:>16}" for c in COLUMNS))
-    for row in rows:
-        print(line(row))
+            file.write(json.dumps(row) + "\n")
+    rows = [finished(arguments.profile)[name] for name in ("base", *METHODS) if name in finished(arguments.profile)]
+    print(table(rows))
     plot(rows)
 
 
-def line(row: dict[str, Any]) -> str:
-    cells = (row.get(column) for column in COLUMNS)
-    return f"{row['method']:<14}" + "".join(f"{'-' if c is None else format(c, '.4g'):>16}" for c in cells)
+def finished(profile: str) -> dict[str, dict[str, Any]]:
+    """The last row of each method that ran with this profile and today's settings."""
+    path = RESULTS / "methods.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return {row["method"]: row for row in rows if row["settings"] == settings_of(row["method"], profile)}
 
 
-def measure(name: str, profile: dict[str, Any]) -> dict[str, Any]:
-    """One run of the quickstart recipe with this method."""
-    import lowrank
-    from lowrank.training.loop import peak_memory_mb
-
-    settings = dict(METHODS[name])
-    rate = settings.pop("lr")
-    adapter = {"method": settings.pop("method", name), **settings}
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"output_dir={folder}/run", f"train.lr={rate}", "train.save_every=0"]
-        overrides += [f"data.subjects={profile['subjects']}"] if profile["subjects"] else []
-        overrides += [f"eval.questions={profile['questions']}"] if profile["questions"] else []
-        overrides += [f"train.steps={profile['steps']}"] if profile["steps"] else []
-        recipe = folder + "/recipe.yaml"
-        Path(recipe).write_text(with_adapter(adapter), encoding="utf-8")
-        start = time.perf_counter()
-        run = lowrank.train(recipe, overrides)
-        seconds = time.perf_counter() - start
-        tuned, base = run.results["tuned"], run.results["base"]
-        size = sum(file.stat().st_size for file in (Path(folder) / "run" / "adapter").iterdir()) / 1e6
-        overhead, share = inference(Path(folder) / "run" / "adapter")
-    return {
-        "method": name,
-        "paraphrase": tuned.get("paraphrase"),
-        "trap": tuned.get("trap"),
-        "perplexity": change(tuned.get("perplexity"), base.get("perplexity")),
-        "trainable_share": share,
-        "overhead": overhead,
-        "file_mb": size,
-        "train_s": seconds,
-        "peak_mb": peak_memory_mb(),
-    }
+def settings_of(name: str, profile: str) -> dict[str, Any]:
+    return {"profile": profile, "batch": BATCH[profile], **PROFILES[profile], **METHODS.get(name, {})}
 
 
-def with_adapter(adapter: dict[str, Any]) -> str:
-    """The quickstart recipe with another adapter."""
-    from omegaconf import OmegaConf
-
-    from lowrank.training.config import recipe_path
-
-    recipe = OmegaConf.load(recipe_path("quickstart"))
-    recipe.adapter = adapter
-    return OmegaConf.to_yaml(recipe)
-
-
-def change(tuned: float | None, base: float | None) -> float | None:
-    """Perplexity against the quantized base, in percent."""
-    return None if tuned is None or not base else 100 * (tuned / base - 1)
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown; forgetting is against the base's row."""
+    base = next((row["perplexity"] for row in rows if row["method"] == "base"), None)
+    lines = ["| method | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
+    lines.append("| --- |" + " ---: |" * len(COLUMNS))
+    for row in rows:
+        row["forgetting"] = row["perplexity"] / base - 1 if base and row["method"] != "base" else None
+        cells = [form.format(row[key]) if row.get(key) is not None else "" for key, (_, form) in COLUMNS.items()]
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def inference(folder: Path) -> tuple[float, float]:
-    """Forward time of 4 x 64 tokens over the base's in percent, and the share of parameters that the adapter has."""
+def measure(name: str, profile: str) -> dict[str, Any]:
+    """Train with this method (the base: with none), then ask it and time it."""
     import torch
 
     import lowrank
-    from lowrank.active import acting
-    from lowrank.filling import adapter_state
-    from lowrank.targets import count_parameters
+    from lowrank.evaluation.config import EvalConfig
+    from lowrank.evaluation.run import measure as ask
+    from lowrank.evaluation.truth import subset
+    from lowrank.training.config import read_config, recipe_path
+    from lowrank.training.loop import peak_memory_mb
+    from lowrank.training.material import read_material
 
-    model, _ = lowrank.load("quickstart", quantize="nf4-dq", progress=False)
-    name = lowrank.load_adapter(model, folder, force=True)
-    ids, times = torch.randint(1000, (4, 64)), {name: [], None: []}
-    for _ in range(5):
+    chosen, row = PROFILES[profile], {"method": name, "settings": settings_of(name, profile)}
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"output_dir={folder}/run", "quantize=null", f"data.subjects={chosen['subjects']}"]
+        overrides += [f"train.batch_size={BATCH[profile]}", "train.save_every=0", "train.eval_every=0", "eval.tasks=[]"]
+        overrides += [f"train.steps={chosen['steps']}"] if chosen["steps"] else []
+        if name != "base":
+            own = dict(METHODS[name])
+            overrides += [f"train.lr={own.pop('lr')}", f"adapter={json.dumps({'method': name} | own)}"]
+        config = read_config(recipe_path("quickstart"), overrides)
+        if name != "base":
+            run = lowrank.train(config)
+            adapter = Path(folder) / "run" / "adapter"
+            row |= {"train_s": run.metrics["seconds"], "tokens": run.metrics["tokens"], "loss": run.metrics["loss"]}
+            row["file_mb"] = (adapter / "adapter.safetensors").stat().st_size / 1e6
+        model, tokenizer = lowrank.load(config.model, template=config.data.template, progress=False)
+        if name != "base":
+            lowrank.load_adapter(model, adapter, name="default")
+            own_parameters = sum(p.numel() for n, p in model.named_parameters() if ".adapters." in n)
+            row["trainable_share"] = own_parameters / sum(p.numel() for p in model.parameters())
+            row["overhead"] = overhead(model)
+        material = read_material(config.data, config.train.seed)
+        prose = material.prose[: chosen["prose"]]
+        found, _ = ask(
+            model, tokenizer, subset(material.test, chosen["questions"]), material.knowledge, prose, EvalConfig()
+        )
+    for key in ("paraphrase", "trap", "true_premise", "abstention", "perplexity"):
+        row[key] = found.get(key)
+    return row | {"n": found["n"], "peak_mb": peak_memory_mb(), "threads": torch.get_num_threads()}
+
+
+def overhead(model: Any) -> float:
+    """Forward time of 4 x 64 tokens over the base's, as a share: the median of alternating runs."""
+    import torch
+
+    from lowrank.active import acting
+
+    ids, times = torch.randint(1000, (4, 64)), {"default": [], None: []}
+    for _ in range(8):
         for choice in times:
             with torch.no_grad(), acting(model, choice):
                 start = time.perf_counter()
                 model(ids)
                 times[choice].append(time.perf_counter() - start)
-    with_it, without = (sorted(times[choice])[2] for choice in (name, None))
-    own = sum(value.numel() for value in adapter_state(model, name).values())
-    return 100 * (with_it / without - 1), own / (count_parameters(model) - own)
+    with_it, without = (sorted(times[choice][1:])[3] for choice in ("default", None))
+    return with_it / without - 1
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Trainable share against what is right, forgetting as colour."""
+    """Trained share against facts that are right; colour is what was forgotten."""
     try:
         import matplotlib
 
@@ -163,16 +182,19 @@ def plot(rows: list[dict[str, Any]]) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         return
-    rows = [row for row in rows if row["paraphrase"] is not None]
+    rows = [row for row in rows if row["method"] != "base"]
     if not rows:
         return
-    figure, axes = plt.subplots(figsize=(8, 5))
-    forgotten = [row["perplexity"] or 0.0 for row in rows]
-    dots = axes.scatter([row["trainable_share"] for row in rows], [row["paraphrase"] for row in rows], c=forgotten)
-    for row in rows:
-        axes.annotate(row["method"], (row["trainable_share"], row["paraphrase"]), fontsize=8)
-    axes.set(xscale="log", xlabel="trained parameters / all", ylabel="held-out paraphrases right")
-    figure.colorbar(dots, label="general perplexity against the base, %")
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    x, y = [100 * row["trainable_share"] for row in rows], [100 * row["paraphrase"] for row in rows]
+    forgotten = [100 * (row["forgetting"] or 0.0) for row in rows]
+    dots = axes.scatter(x, y, c=forgotten, s=60, cmap="viridis_r", edgecolor="black", linewidth=0.5)
+    for row, a, b in zip(rows, x, y):
+        axes.annotate(row["method"], (a, b), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="trained parameters, % of all", ylabel="facts right in other words, %")
+    axes.grid(alpha=0.3)
+    figure.colorbar(dots, label="perplexity of general prose against the base, %")
+    figure.tight_layout()
     figure.savefig(RESULTS / "methods.png", dpi=120)
 
 

@@ -19,6 +19,7 @@ from lowrank.adapter import (
     require_adapter,
     require_unmerged,
 )
+from lowrank.by_row import Rows
 from lowrank.errors import did_you_mean
 from lowrank.targets import matches
 
@@ -65,7 +66,7 @@ def rows(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
     require_adapter(model, [name for row in weights for name, _ in row])
     require_unmerged(model, "choosing adapters for rows")
     selection = carried(model).selection
-    with _held(selection, replace(selection.now, rows=weights)):
+    with _held(selection, replace(selection.now, rows=Rows(weights))):
         yield
 
 

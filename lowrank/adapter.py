@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.by_row import Row, Rows, Sum
 from lowrank.errors import unknown
 from lowrank.quant.linear import QuantizedLinear
 
@@ -106,21 +107,19 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def grouped(cls, adapters: "list[Adapter | None]", weights: list[float], x: Tensor, y: Tensor) -> Tensor | None:
-        """`fused` for a batch whose row i has adapters[i] (None: the base alone), or None: then a loop does it."""
+    def grouped(cls, rows: list[Row], dtype: torch.dtype) -> Sum | None:
+        """`forward` of batches whose row i has the adapter and weight rows[i] (None: the base alone) and this dtype.
+
+        What is returned runs at each forward as (x, y) -> adapted y. None: then a loop does it.
+        """
         return None
 
-
-def may_fuse(adapter: Adapter) -> bool:
-    """Whether the class that wrote `fused`, or one above it, wrote `forward` too: an edit is never bypassed."""
-    return _written_together(type(adapter), "fused")  # type: ignore[arg-type]
-
-
-@cache
-def _written_together(method: type[Adapter], shortcut: str) -> bool:
-    fused_by = next(c for c in method.__mro__ if shortcut in vars(c))
-    forward_by = next(c for c in method.__mro__ if "forward" in vars(c))
-    return fused_by is not Adapter and issubclass(fused_by, forward_by)
+    @classmethod
+    @cache
+    def may(cls, shortcut: str) -> bool:
+        """Whether the class that wrote `fused` (or `grouped`) has this `forward` too: an edit is never bypassed."""
+        written_by = next(c for c in cls.__mro__ if shortcut in vars(c))
+        return issubclass(written_by, next(c for c in cls.__mro__ if "forward" in vars(c)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Acting:
 
     everywhere: Weights = ()
     layers: "Mapping[AdaptedLinear, Weights]" = field(default_factory=dict)
-    rows: tuple[Weights, ...] | None = None
+    rows: Rows | None = None
 
 
 class Selection:
@@ -180,9 +179,9 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         if self.unmerged:
             return self.base(x, *context)
-        if self.selection.now.rows is not None:
-            return self._by_row(x, context, self.selection.now.rows)
-        return self._adapted(x, context, self.active)
+        if (rows := self.selection.now.rows) is not None:
+            return rows(self, x, context)
+        return self.adapted(x, context, self.active)
 
     def needs_rows(self) -> bool:
         """Whether what acts here looks at the batch row by row, so that a model must not take its rows apart."""
@@ -193,7 +192,9 @@ class AdaptedLinear(nn.Module):
     def virtual_tokens(self) -> int:
         """How many tokens the adapters here put before the first one. Rows of one batch must agree."""
         now = self.selection.now
-        counts = {sum(a.tokens for _, a, _ in self.acting(w)) for w in (now.rows or (self.active,))}
+        counts = {
+            sum(a.tokens for _, a, _ in self.acting(w)) for w in (now.rows.choices if now.rows else (self.active,))
+        }
         if len(counts) > 1:
             raise ValueError(
                 f"the rows' adapters add {sorted(counts)} virtual tokens; rows of one batch need one number"
@@ -204,7 +205,7 @@ class AdaptedLinear(nn.Module):
         """The adapters of this layer among `weights`: (name, adapter, weight)."""
         return [(name, self.adapters[name], weight) for name, weight in weights if name in self.adapters]  # type: ignore[misc]
 
-    def _adapted(self, x: Tensor, context: tuple[Any, ...], weights: Weights, y: Tensor | None = None) -> Tensor:
+    def adapted(self, x: Tensor, context: tuple[Any, ...], weights: Weights, y: Tensor | None = None) -> Tensor:
         acting = self.acting(weights)
         if len(acting) == 1 and acting[0][2] == 1.0:
             return self._one(x, context, acting[0][0], acting[0][1], y)
@@ -220,46 +221,11 @@ class AdaptedLinear(nn.Module):
         base = self.base
         if name in self.edited:
             base, y = self.edited[name], None
-        if y is None and may_fuse(adapter) and not context and (fused := adapter.fused(x, base)) is not None:
+        if y is None and adapter.may("fused") and not context and (fused := adapter.fused(x, base)) is not None:
             return fused
         if not adapter.needs_y:
             return adapter(x, None, base)
         return adapter(x, base(x, *context) if y is None else y, base)
-
-    def _by_row(self, x: Tensor, context: tuple[Any, ...], rows: tuple[Weights, ...]) -> Tensor:
-        """Each row with its own adapters; the base runs once for all of them."""
-        if len(rows) != x.shape[0]:
-            raise ValueError(f"rows() names adapters for {len(rows)} rows, the batch has {x.shape[0]}")
-        here = [tuple(item for item in row if item[0] in self.adapters) for row in rows]
-        groups: dict[Weights, list[int]] = {}
-        for i, weights in enumerate(here):
-            groups.setdefault(weights, []).append(i)
-        if len(groups) == 1:
-            return self._adapted(x, context, here[0])
-        y = self.base(x, *context)
-        if (grouped := self._grouped(x, y, here)) is not None:
-            return grouped
-        parts = []
-        for weights, index in groups.items():
-            part = tuple(c[index] if isinstance(c, Tensor) else c for c in context)
-            parts.append(self._adapted(x[index], part, weights, y[index]))
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise ValueError(
-                f"the rows' adapters give outputs of {len({p.shape[1:] for p in parts})} shapes (virtual tokens?):"
-                " rows of one batch need the same number of them"
-            )
-        order = torch.tensor([i for index in groups.values() for i in index], device=x.device)
-        return torch.cat(parts)[order.argsort()]
-
-    def _grouped(self, x: Tensor, y: Tensor, rows: list[Weights]) -> Tensor | None:
-        if len(self.edited) or any(len(row) > 1 for row in rows):
-            return None
-        adapters = [self.adapters[row[0][0]] if row else None for row in rows]
-        methods = {type(adapter) for adapter in adapters if adapter is not None}
-        method = methods.pop() if len(methods) == 1 else Adapter
-        if not issubclass(method, Adapter) or not _written_together(method, "grouped"):  # type: ignore[arg-type]
-            return None
-        return method.grouped(adapters, [row[0][1] if row else 0.0 for row in rows], x, y)  # type: ignore[arg-type]
 
 
 class Slot(nn.Module):

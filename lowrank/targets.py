@@ -25,7 +25,6 @@ from lowrank.adapter import (
     carried,
     features,
     is_linear,
-    may_fuse,
     require_adapter,
     require_unmerged,
 )
@@ -301,7 +300,7 @@ def coverage(model: nn.Module, name: str, found: dict[str, list[str]] | None = N
         layers=found or _by_leaf(adapters),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count_parameters(model),
-        fused=all(may_fuse(adapter) for adapter in own.values()),  # type: ignore[arg-type]
+        fused=all(adapter.may("fused") for adapter in own.values()),  # type: ignore[operator]
         shapes={path: shape for path in own if (shape := shape_of(layers[path])) is not None},
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.active import acting, rows
-from lowrank.adapter import AdaptedLinear, Adapter, adapted_layers, may_fuse
+from lowrank.adapter import AdaptedLinear, Adapter, adapted_layers
 from lowrank.filling import adapter_state
 from lowrank.hosts import SHAPES, Host, NotOffered, close, give, host, only, randomise, settings, theorem
 from lowrank.merging import merge, unmerge
@@ -357,7 +357,7 @@ def _fused(method: type[Adapter]) -> None:
         model, x = host(method)
         model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
         adapter = give(model, method)
-        only(may_fuse(adapter), "no fused path, or forward is another class's")
+        only(adapter.may("fused"), "no fused path, or forward is another class's")
         base = model.layer.base  # type: ignore[union-attr]
         fused = adapter.fused(x, base)  # type: ignore[arg-type]
         if fused is not None:

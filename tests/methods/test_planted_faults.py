@@ -179,8 +179,8 @@ class GroupsWithoutWeights(LoRA):
         return super().forward(x, y, base)
 
     @classmethod
-    def grouped(cls, adapters, weights, x, y):
-        return super().grouped(adapters, [2.0] * len(weights), x, y)
+    def grouped(cls, rows, dtype):
+        return super().grouped([(adapter, 2.0) for adapter, _ in rows], dtype)
 
 
 class TrainsATensorTwice(LoRA):
