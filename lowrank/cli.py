@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--items", default="all", choices=("all", "subset"), help="all questions or the stratified subset"
     )
+    command.add_argument("--split", choices=("test", "validation"), help="held-out part (default: the run's, test)")
 
     command = add("chat", _chat, "Talk to a run's model.", "lowrank chat runs/quickstart-001")
     command.add_argument("run_folder", metavar="RUN", help="a run's folder, or a model")
@@ -164,7 +165,7 @@ def _eval(args: argparse.Namespace) -> int:
     from lowrank.training.screen import console
 
     tasks = tuple(task for task in args.tasks.split(",") if task)
-    results = evaluate(args.run_folder, tasks=tasks, against=args.against, items=args.items)
+    results = evaluate(args.run_folder, tasks=tasks, against=args.against, items=args.items, split=args.split)
     console.print(table_of(results))
     return 0
 
@@ -263,9 +264,11 @@ def _domain(args: argparse.Namespace) -> int:
     questions.write(args.to)
     for split, counts in questions.counts().items():
         print(f"{split}: {', '.join(f'{n} {part}' for part, n in counts.items())}")
-    with_templates = f" data.templates={args.templates}" if args.templates else ""
     print(f"wrote {args.to}, to be looked at. Train on the knowledge base itself, its evaluation included:")
-    print(f"  lowrank train quickstart data.path={args.knowledge}{with_templates} data.subjects=null")
+    print(
+        f"  lowrank train quickstart data.path={args.knowledge} data.templates={args.templates or 'labtests'}"
+        " data.subjects=null"
+    )
     return 0
 
 

@@ -11,7 +11,8 @@ class DataConfig:
     """A bundled domain ("labtests", "labtests-quick"), a file of records, or (with `templates`) a knowledge base."""
 
     templates: str | None = None
-    """A YAML file of wordings: data.path is then a knowledge base, and questions are written from it."""
+    """A YAML file of wordings, or "labtests" for the bundled ones: data.path is then a knowledge base from which
+    questions are written."""
 
     validation: str | None = None
     """A JSONL file of records for the validation loss; bundled domains bring their own."""

@@ -161,13 +161,13 @@ class _Writer:
     def plain(self) -> list[Record]:
         """Each fact in `plain_per_fact` wordings; where the template has fewer, they come again in another order."""
         records = []
+        decks: dict[str, _Deck] = {}
         for fact in self.knowledge.facts:
             rng = self.rng(f"plain/{fact.subject}/{fact.relation}")
             wordings = self.templates.relations[fact.relation].questions["train"]
-            order: list[int] = []
-            while len(order) < self.sizes.plain_per_fact:
-                order += rng.sample(range(len(wordings)), len(wordings))
-            for index in order[: self.sizes.plain_per_fact]:
+            if fact.relation not in decks:
+                decks[fact.relation] = _Deck(range(len(wordings)), self.rng(f"plain/{fact.relation}"))
+            for index in decks[fact.relation].deal(self.sizes.plain_per_fact):
                 alias = fact.aliases and rng.random() < self.sizes.alias_share
                 name = rng.choice(fact.aliases) if alias else fact.subject
                 records.append(self.question("train", fact, wordings[index], f"plain/{index}", name))
@@ -190,14 +190,14 @@ class _Writer:
         """`each` questions a fact that take a value for granted: a wrong one (trap) or the right one (confirm)."""
         forms = {f"{name}": form for origin in forms_of for name, form in self.templates.premises[origin].items()}
         records = []
+        purpose = f"{kind}/{split}/{'+'.join(forms_of)}"
+        deck = _Deck(forms, self.rng(purpose))
         for fact in facts:
-            rng = self.rng(f"{kind}/{split}/{'+'.join(forms_of)}/{fact.subject}/{fact.relation}")
-            names = rng.sample(list(forms), len(forms))
+            rng = self.rng(f"{purpose}/{fact.subject}/{fact.relation}")
             false = self.false_values(fact, rng) if kind == "trap" else [("", "", "")]
             if not false:
                 continue  # a relation with one value has no other to be mistaken for
-            for i in range(each):
-                name = names[i % len(names)]
+            for i, name in enumerate(deck.deal(each)):
                 records.append(self.premise(split, fact, name, forms[name], kind, *false[i % len(false)], rng))
         return records
 
@@ -308,6 +308,24 @@ class _Writer:
             task=task,
             facts=(about,),
         )
+
+
+class _Deck:
+    """Deals wordings evenly: each round is all of them in a new order, and no hand has one twice while it need not."""
+
+    def __init__(self, cards: Iterable[Any], rng: random.Random) -> None:
+        self.cards, self.rng, self.pile = list(cards), rng, list[Any]()
+
+    def deal(self, count: int) -> list[Any]:
+        hand: list[Any] = []
+        while len(hand) < count:
+            fresh = next((card for card in self.pile if hand.count(card) <= len(hand) // len(self.cards)), None)
+            if fresh is None:
+                self.pile += self.rng.sample(self.cards, len(self.cards))
+            else:
+                hand.append(fresh)
+                self.pile.remove(fresh)
+        return hand
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 TASKS = ("truth", "ppl")
+SPLITS = ("test", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,10 @@ class EvalConfig:
     questions: int = 140
     """Questions of the truth evaluation, a stratified subset (60 paraphrases, 40 traps, 20 true premises, 20
     unanswerable, or as many in these proportions); 0 takes all."""
+
+    split: str = "test"
+    """Which held-out questions of a domain: "test", or "validation", where recipes are tuned: its wordings, forms and
+    invented names are not those of the test."""
 
     max_new_tokens: int = 40
     batch_size: int = 64
@@ -28,6 +33,8 @@ class EvalConfig:
         wrong = [task for task in self.tasks if task not in TASKS]
         if wrong:
             raise ValueError(f"unknown eval task {wrong[0]!r}; known: {', '.join(TASKS)}")
+        if self.split not in SPLITS:
+            raise ValueError(f"eval.split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")

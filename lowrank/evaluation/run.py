@@ -109,11 +109,13 @@ def evaluate(
     tasks: Sequence[str] = TASKS,
     against: str | Path = "base",
     items: str = "all",
+    split: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run again: a Run, its folder, or the configuration that names it. Gives the results as a nested dict.
 
     `against` is "base", or the folder of a second run that answers the same questions (its results are the column of
-    its name, and the files are named after it). `items`: "all" held-out questions, or the "subset" of training's end.
+    its name, and the files are named after it). `items`: "all" held-out questions, or the "subset" of training's end;
+    `split`: of the "test" or of the "validation" part (the run's own choice where it is None).
     """
     for task in tasks:
         if task not in TASKS:
@@ -121,8 +123,8 @@ def evaluate(
     if items not in ("all", "subset"):
         raise unknown("choice of items", items, ("all", "subset"))
     folder, settings = _run(config_or_run)
-    material = read_material(settings.data, settings.train.seed)
-    chosen = _asked(settings.eval, tuple(tasks), items)
+    chosen = _asked(settings.eval, tuple(tasks), items, split)
+    material = read_material(settings.data, settings.train.seed, chosen.split)
     measured = Measured(folder, chosen, material, keep=False)
     model, tokenizer = reopen(folder)
     measured("tuned", model, tokenizer)
@@ -134,13 +136,15 @@ def evaluate(
     if settings.eval.delivered and settings.quantize is not None:
         model, tokenizer = reopen(folder, quantize=None, adapter=False)
         measured("delivered", model, tokenizer)
-    path = folder / "results.json"
+    mark = "" if chosen.split == settings.eval.split else f"-{chosen.split}"  # the run's own files are of its own split
+    path = folder / f"results{mark}.json"
     kept = read_json(path) if path.is_file() else {}
     results = {**kept, **{column: _onto(kept.get(column), found) for column, found in measured.results.items()}}
     if "truth" in tasks:  # without questions there are no answers, and those of before stay
-        write_jsonl(folder / "samples.jsonl", samples(measured.rows))
+        write_jsonl(folder / f"samples{mark}.jsonl", samples(measured.rows))
     write_json(path, results)
-    write_report(folder, results, notice=material.notice)
+    if not mark:
+        write_report(folder, results, notice=material.notice)
     return results
 
 
@@ -183,5 +187,6 @@ def _run(config_or_run: Any) -> tuple[Path, RunConfig]:
     return Path(folder), run_config(folder)
 
 
-def _asked(config: EvalConfig, tasks: tuple[str, ...], items: str) -> EvalConfig:
-    return replace(config, tasks=tasks, questions=0 if items == "all" else config.questions or 140)
+def _asked(config: EvalConfig, tasks: tuple[str, ...], items: str, split: str | None) -> EvalConfig:
+    questions = 0 if items == "all" else config.questions or 140
+    return replace(config, tasks=tasks, questions=questions, split=split or config.split)

@@ -10,6 +10,7 @@ from lowrank.data.knowledge import Knowledge, read_knowledge
 from lowrank.data.questions import Domain, bundled, domain
 from lowrank.data.records import Record, read_records
 from lowrank.data.render import Example, Renderer
+from lowrank.data.templates import BUNDLED as BUNDLED_WORDINGS
 from lowrank.data.templates import read_templates
 from lowrank.errors import ConfigError, did_you_mean
 
@@ -30,8 +31,9 @@ class Material:
     notice: str = ""
 
 
-def read_material(config: DataConfig, seed: int) -> Material:
-    """The records that `data.path` names. ConfigError where it is neither a bundled domain nor a file."""
+def read_material(config: DataConfig, seed: int, split: str = "test") -> Material:
+    """The records that `data.path` names; `split` of a domain's held-out questions becomes `test`. ConfigError where
+    the path is neither a bundled domain nor a file."""
     if config.validation is not None and (config.templates is not None or config.path in BUNDLED):
         raise ConfigError(
             f"data.validation is for a file of records; {config.path!r} brings its own held-out questions"
@@ -39,9 +41,14 @@ def read_material(config: DataConfig, seed: int) -> Material:
     if config.templates is not None:
         knowledge = read_knowledge(config.path)
         knowledge = knowledge if config.subjects is None else knowledge.subset(config.subjects)
-        return _of_domain(domain(Path(config.path).stem, knowledge, read_templates(config.templates)), config, seed)
+        source = domain(
+            Path(config.path).stem,
+            knowledge,
+            read_templates(BUNDLED_WORDINGS if config.templates == "labtests" else config.templates),
+        )
+        return _of_domain(source, config, seed, split)
     if config.path in BUNDLED:
-        return _of_domain(bundled(config.path, config.subjects), config, seed)
+        return _of_domain(bundled(config.path, config.subjects), config, seed, split)
     if not Path(config.path).is_file():
         near = did_you_mean(config.path, BUNDLED)
         raise ConfigError(
@@ -61,7 +68,7 @@ def read_material(config: DataConfig, seed: int) -> Material:
     )
 
 
-def _of_domain(source: Domain, config: DataConfig, seed: int) -> Material:
+def _of_domain(source: Domain, config: DataConfig, seed: int, split: str) -> Material:
     sizes = {name: getattr(config, name) for name in ("plain_per_fact", "traps_per_fact", "confirms_per_fact")}
     questions = source.build(seed, **sizes)
     parts = [part for name, part in questions.validation.items() if name not in ("general", "answerable")]
@@ -69,7 +76,7 @@ def _of_domain(source: Domain, config: DataConfig, seed: int) -> Material:
         name=source.name,
         train=[record for record in questions.train if record.kind != "general"],
         validation=[record for part in parts for record in part],
-        test=questions.test,
+        test=questions.test if split == "test" else questions.validation,
         general=[record for record in questions.train if record.kind == "general"],
         knowledge=source.knowledge,
         prose=source.prose,

@@ -54,7 +54,7 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
     settings = replace(settings, output_dir=str(folder))
     if resume:
         _require_same(settings, read_config(folder / "config.yaml"), folder)
-    material = read_material(settings.data, settings.train.seed)
+    material = read_material(settings.data, settings.train.seed, settings.eval.split)
     if dry_run:
         return _run(settings, material, folder, resume, dry_run)
     try:

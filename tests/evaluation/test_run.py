@@ -82,6 +82,41 @@ def test_evaluate_against_another_run_leaves_its_files_alone(runs: tuple[Path, P
     assert (runs[0] / "results.json").read_bytes() == mine and (runs[1] / "results.json").read_bytes() == others
 
 
+def test_the_validation_part_is_asked_in_its_own_words_and_kept_in_its_own_files(runs: tuple[Path, Path]) -> None:
+    before = (runs[0] / "results.json").read_bytes()
+    evaluate(runs[0], tasks=("truth",), items="subset", split="validation")
+    assert (runs[0] / "results.json").read_bytes() == before
+    of_test = {row["question"] for _, row in read_jsonl(runs[0] / "samples.jsonl")}
+    of_validation = {row["question"] for _, row in read_jsonl(runs[0] / "samples-validation.jsonl")}
+    assert of_validation and not of_test & of_validation
+
+
+def test_a_domain_of_another_field_goes_through_training_evaluation_and_report(tiny: Path, tmp_path: Path) -> None:
+    data = {
+        "path": str(FIXTURES / "data" / "trees.jsonl"),
+        "templates": str(FIXTURES / "data" / "trees.yaml"),
+        "template": "plain",
+        "max_length": 256,
+    }
+    run = train(settings(tiny, tmp_path / "trees", data=data))
+    assert run.folder is not None
+    results = evaluate(run.folder)  # all of its questions
+    assert set(KEYS) <= set(results["tuned"]) and results["tuned"]["n"]["paraphrase"] >= 4
+    asked = [row["question"] for _, row in read_jsonl(run.folder / "samples.jsonl")]
+    knowledge = [row for _, row in read_jsonl(FIXTURES / "data" / "trees.jsonl")]
+    assert all(any(row["subject"] in question for question in asked) for row in knowledge)
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "trees" in page and str(knowledge[0]["subject"]) in page
+
+
+def test_a_knowledge_base_may_take_the_bundled_wordings(tiny: Path, tmp_path: Path) -> None:
+    fact = {"subject": "wombatin", "relation": "specimen", "value": "serum", "evidence": "made up for this test"}
+    (tmp_path / "kb.jsonl").write_text(json.dumps(fact) + "\n", encoding="utf-8")
+    data = {"path": str(tmp_path / "kb.jsonl"), "templates": "labtests", "template": "plain", "general_share": 0.0}
+    run = train(settings(tiny, tmp_path / "run", data=data, eval={"tasks": []}))
+    assert run.metrics["steps"] == 2
+
+
 def test_evaluate_refuses_what_it_cannot_do(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
         evaluate(tmp_path)
