@@ -11,6 +11,7 @@ public function launches inside `with torch.cuda.device_of(x):`, since Triton ta
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowrank.errors import unknown
@@ -42,17 +43,24 @@ except ImportError:
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # what `triton.jit` goes by; later changes have no effect
 INTERPRETED = tl.constexpr(_interpreted)
 MODES = ("auto", "ref", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def store(ptr, value, mask=None):
-    """tl.store with the rounding of torch. The interpreter truncates fp32 to bf16, so there it is done on the bits."""
-    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+def cast(value, dtype: tl.constexpr):
+    """value.to(dtype), rounded as torch does. The interpreter truncates fp32 to bf16: there it is done on the bits."""
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to nearest, ties to even
         rounded = tl.where(value != value, 0x7FC00000, rounded)
         value = rounded.to(tl.uint32).to(tl.float32, bitcast=True)
-    tl.store(ptr, value, mask=mask)
+    return value.to(dtype)
+
+
+@triton.jit
+def store(ptr, value, mask=None):
+    """tl.store with the rounding of torch."""
+    tl.store(ptr, cast(value, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -89,6 +97,31 @@ def use_triton(*tensors: Tensor) -> bool:
             "or set LOWRANK_KERNELS=ref"
         )
     return True
+
+
+def launches(function: str, **tensors: Tensor | None) -> bool:
+    """`use_triton` for the named arguments of a public function; ValueError for what no version of it can take."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first = next(iter(given))
+    for name, t in given.items():
+        if t.device != given[first].device:
+            wrong = f"{first} on {given[first].device} and {name} on {t.device}"
+            raise ValueError(f"{function} needs its tensors on one device, got {wrong}")
+    if not use_triton(*given.values()) or any(t.numel() == 0 for t in given.values()):
+        return False
+    for name, t in given.items():
+        if t.is_floating_point() and t.dtype not in FLOATS:
+            raise ValueError(
+                f"the kernel of {function} takes float32, float16 and bfloat16, got {name} in {t.dtype};"
+                " LOWRANK_KERNELS=ref takes it"
+            )
+    return True
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as rows whose numbers lie side by side; a view wherever that can be.  (..., D) -> (M, D)"""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def describe() -> dict[str, str]:
