@@ -77,9 +77,18 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("chat", _chat, "Talk to a run's model.", "lowrank chat runs/quickstart-001")
     command.add_argument("run_folder", metavar="RUN", help="a run's folder, or a model")
-    command.add_argument("--adapter", help="adapters that act, comma-separated; `none` is the base model")
-    command.add_argument("--max-new-tokens", type=int, default=128)
-    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest token")
+    command.add_argument(
+        "--adapter",
+        help="adapters that act together, comma-separated: names, folders, other runs; `none` is the base model",
+    )
+    command.add_argument("--system", help="a system prompt; this and what follows: as in training, unless given")
+    command.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens; 0: from all")
+    command.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
+    command.add_argument("--repetition-penalty", type=float, help="above 1: tokens that were said are less likely")
+    command.add_argument("--stop", action="append", help="end the answer before this text; may be given several times")
+    command.add_argument("--seed", type=int, help="the same seed gives the same draws")
+    command.add_argument("--max-new-tokens", type=int)
 
     command = add("init", _init, "Print a recipe, to be changed and trained.", "lowrank init quickstart > my.yaml")
     command.add_argument("recipe", nargs="?", default="quickstart")
@@ -174,7 +183,8 @@ def _chat(args: argparse.Namespace) -> int:
     from lowrank.chat import chat
 
     names = None if args.adapter is None else [name for name in args.adapter.split(",") if name]
-    return chat(args.run_folder, names, args.max_new_tokens, args.temperature)
+    keys = ["system", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed", "max_new_tokens"]
+    return chat(args.run_folder, names, {key: getattr(args, key) for key in keys})
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -48,6 +48,8 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
         "base_hash": getattr(origin, "base_hash", None),
         "tokenizer_hash": getattr(origin, "tokenizer_hash", None),
         "chat_template": getattr(origin, "chat_template", None),
+        "special_tokens": getattr(origin, "special_tokens", None),
+        "generation": getattr(origin, "generation", None),
     }
 
 
@@ -132,3 +134,9 @@ def _check_base(model: nn.Module, description: dict[str, Any], folder: Path, for
                 f" ({getattr(origin, 'path', '?')}):"
                 " load the base that it was trained on, or pass force=True"
             )
+    tokens, here = description.get("special_tokens"), getattr(origin, "special_tokens", None)
+    if tokens and here and tokens != here and not force:
+        raise ValueError(
+            f"{folder} was trained with the special tokens {tokens}, the model's tokenizer has {here}: answers would"
+            " begin or end elsewhere. Load the base with the tokenizer files of the training, or pass force=True"
+        )

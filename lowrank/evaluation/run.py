@@ -25,6 +25,7 @@ from lowrank.evaluation.truth import Row, ask_parts, by_part, compare, subset, s
 from lowrank.files import read_json, write_json, write_jsonl
 from lowrank.quant.linear import decoded
 from lowrank.training.config import RunConfig, read_config
+from lowrank.training.contract import GREEDY, system_of, warn_of_differences
 from lowrank.training.material import Material, read_material
 from lowrank.training.reopen import reopen, run_config
 from lowrank.training.screen import counting
@@ -125,6 +126,8 @@ def evaluate(
     folder, settings = _run(config_or_run)
     chosen = _asked(settings.eval, tuple(tasks), items, split)
     material = read_material(settings.data, settings.train.seed, chosen.split)
+    asked = system_of(record for part in material.test.values() for record in part)
+    warn_of_differences(folder, **{**GREEDY, "system": asked, "max_new_tokens": chosen.max_new_tokens})
     measured = Measured(folder, chosen, material, keep=False)
     model, tokenizer = reopen(folder)
     measured("tuned", model, tokenizer)

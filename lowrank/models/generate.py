@@ -40,8 +40,11 @@ def generate(
     )
     prompts: Any = [prompt_or_messages] if single else prompt_or_messages
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    ends, drawn = (tokenizer.eos_ids, tokenizer.pad_id), (temperature, top_k, top_p, seed, repetition_penalty)
-    answers = generate_ids(model, ids, max_new_tokens, *ends, *drawn, samples, ends_at(tokenizer, stop))
+    ended, penalty = ends_at(tokenizer, stop), repetition_penalty
+    answers = generate_ids(
+        model, ids, max_new_tokens, tokenizer.eos_ids, tokenizer.pad_id, temperature, top_k, top_p, seed, penalty,
+        samples, ended,
+    )  # fmt: skip
     texts: list[Any] = [before_stop(tokenizer.decode(answer), stop) for answer in answers]
     if samples > 1:
         texts = [texts[i : i + samples] for i in range(0, len(texts), samples)]

@@ -7,6 +7,7 @@ memory peaks at the final size and the largest tensor.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,10 @@ class Origin:
     tokenizer_hash: str | None
     chat_template: str | None
     quantize: str | None
+    special_tokens: dict[str, Any] | None = None
+    """What begins, ends and fills up a text: Tokenizer.policy."""
+    generation: dict[str, Any] | None = None
+    """How answers are asked for; training sets it, for the adapter's file."""
 
 
 def load(
@@ -76,6 +81,7 @@ def load(
         tokenizer_hash=None if tokenizer is None else tokenizer.hash,
         chat_template=None if tokenizer is None else tokenizer.chat_template,
         quantize=quantize,
+        special_tokens=None if tokenizer is None else tokenizer.policy,
     )
     return model.eval(), tokenizer
 

@@ -56,6 +56,12 @@ class Tokenizer:
         """SHA-256 of the vocabulary and its rules, without the template."""
         return self.vocabulary.hash
 
+    @property
+    def policy(self) -> dict[str, Any]:
+        """What begins, ends and fills up a text: BOS and whether plain text gets it, every end token, padding."""
+        bos = self.bos_id is not None and self.bos_id in self.encode("a", add_special=True)[:1]
+        return {"bos": self.bos_id, "adds_bos": bos, "eos": sorted(self.eos_ids), "pad": self.pad_id}
+
     def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Ids of a text. `add_special` puts the tokenizer's own BOS / EOS around it, where it has a rule for that."""
         return self.vocabulary.encode(text, add_special, parse_special)

@@ -35,6 +35,7 @@ from lowrank.store import save_adapter
 from lowrank.targets import attach, check_targets
 from lowrank.training import screen
 from lowrank.training.config import RunConfig, read_config, to_yaml
+from lowrank.training.contract import contract_of
 from lowrank.training.loop import Run, fit, give_back_memory, peak_memory_mb
 from lowrank.training.material import Examples, Material, read_material, render, validation_batches
 from lowrank.training.teacher import with_teacher
@@ -94,6 +95,8 @@ def _run(settings: RunConfig, material: Material, folder: Path, resume: bool, dr
     if run.interrupted:
         screen.console.print(f"\nstopped after step {run.metrics['steps']} of {steps}; {_how_to_go_on(folder)}")
         return run
+    asked = contract_of(material.train, settings.eval.max_new_tokens)
+    model.origin = replace(model.origin, generation=asked)  # type: ignore[assignment, type-var, arg-type]
     save_adapter(model, folder / "adapter")
     if settings.eval.tasks:
         with clock("evaluate the tuned model"):
@@ -190,7 +193,7 @@ def _delivered(
     )
     if not dry_run:
         _begin(config, Path(str(config.output_dir)), clock)
-    if not dry_run and config.eval.tasks and config.eval.delivered:
+    if not dry_run and config.eval.tasks and config.eval.delivered and config.quantize is not None:
         with clock("evaluate the base as delivered"):
             measured("delivered", model, tokenizer)
     stream = mix(examples.train, examples.general, config.data.general_share, config.train.seed)
@@ -217,6 +220,8 @@ def _facts(
     share = sum(len(e.input_ids) for e in stream if e.kind == "general") / tokens
     t, counts = config.train, ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     held = f" ({share:.0%} of the tokens general, held by {config.data.general_loss})" if share else ""
+    if not share and material.own_general:
+        held = f" ({material.own_general} general records left out: data.general_share is 0)"
     return {
         "model": f"{config.model}, base stored in {config.quantize or config.dtype}: {stored / 1e6:.0f} MB",
         "data": f"{material.name}: {counts}; {tokens:,} tokens{held}{cut}",
