@@ -29,6 +29,8 @@ class Material:
     knowledge: Knowledge | None = None
     prose: str = ""
     notice: str = ""
+    own_general: int = 0
+    """General records that the user's own file brings."""
 
 
 def read_material(config: DataConfig, seed: int, split: str = "test") -> Material:
@@ -57,14 +59,15 @@ def read_material(config: DataConfig, seed: int, split: str = "test") -> Materia
     held = read_records(config.validation) if config.validation else []
     records = read_records(config.path)
     base = bundled("labtests")  # its general questions and prose serve any domain
+    own = [record for record in records if record.kind == "general"]
     return Material(
         name=Path(config.path).stem,
         train=[record for record in records if record.kind != "general"],
         validation=held,
         test={"qa": held} if held else {},
-        general=[r for r in records if r.kind == "general"]
-        or [item.record() for item in base.general if not item.held_out],
+        general=own or [item.record() for item in base.general if not item.held_out],
         prose=base.prose,
+        own_general=len(own),
     )
 
 
