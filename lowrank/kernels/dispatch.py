@@ -102,11 +102,9 @@ def use_triton(*tensors: Tensor) -> bool:
 def launches(function: str, **tensors: Tensor | None) -> bool:
     """`use_triton` for the named arguments of a public function; ValueError for what no version of it can take."""
     given = {name: t for name, t in tensors.items() if t is not None}
-    first = next(iter(given))
-    for name, t in given.items():
-        if t.device != given[first].device:
-            wrong = f"{first} on {given[first].device} and {name} on {t.device}"
-            raise ValueError(f"{function} needs its tensors on one device, got {wrong}")
+    if len({t.device for t in given.values()}) > 1:
+        found = ", ".join(f"{name} on {t.device}" for name, t in given.items())
+        raise ValueError(f"{function} needs its tensors on one device, got {found}")
     if not use_triton(*given.values()) or any(t.numel() == 0 for t in given.values()):
         return False
     for name, t in given.items():
@@ -116,6 +114,11 @@ def launches(function: str, **tensors: Tensor | None) -> bool:
                 " LOWRANK_KERNELS=ref takes it"
             )
     return True
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 where it is that already: a definition in fp64 is what tests compare with."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rows(x: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.active import checkpoint_contexts
 from lowrank.adapter import AdaptedLinear, Slot, project
+from lowrank.kernels.dispatch import mode
 from lowrank.kernels.rms_norm import rms_norm
+from lowrank.kernels.rope import rope, rope_ref
 from lowrank.kernels.short_attention import pays as short_attention_pays
 from lowrank.kernels.short_attention import short_attention
 from lowrank.kernels.swiglu import swiglu
 from lowrank.models.families import Family, ModelConfig, family_of
-from lowrank.models.rope import Rotation, rotate, rotation
+from lowrank.models.rope import Rotation, rotation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -41,6 +43,11 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def quick(x: Tensor) -> bool:
+    """Whether plain torch calls will do: no gradient, on a CPU. At one token a step the number of calls is what costs."""
+    return x.is_cpu and not torch.is_grad_enabled() and mode() != "triton"
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · w, fp32 inside and rounded once; Gemma stores w - 1."""
 
@@ -50,7 +57,9 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.float() + 1 if self.plus_one else self.weight, self.eps)
+        if quick(x) and not self.plus_one and self.weight.dtype == x.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, float(self.plus_one))
 
 
 class Conv1D(nn.Module):
@@ -240,10 +249,13 @@ class Attention(nn.Module):
         q, k, v = self.heads(x)  # (B, T, H, K), (B, T, Hkv, K) twice
         if n.q_norm:
             q, k = getattr(self, n.q_norm)(q), getattr(self, n.k_norm)(k)
-        rope = c.rope if self.window is None or c.rope_local is None else c.rope_local
-        if rope is not None:
-            by = step.rotations[rope is c.rope_local]
-            q, k = rotate(q, by, rope.interleaved), rotate(k, by, rope.interleaved)
+        form = c.rope if self.window is None or c.rope_local is None else c.rope_local
+        if form is not None:
+            by = step.rotations[form is c.rope_local]
+            if quick(x):
+                q, k = rope_ref(torch.cat([q, k], dim=2), *by, form.interleaved).split([c.n_heads, c.n_kv_heads], dim=2)
+            else:
+                q, k = rope(q, *by, form.interleaved), rope(k, *by, form.interleaved)
         if step.packing is not None:
             q, k, v = step.packing.rows(q), step.packing.rows(k), step.packing.rows(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K), (B, Hkv, T, K) twice
@@ -335,7 +347,9 @@ class MLP(nn.Module):
         return getattr(self, n.down)(h)  # type: ignore[no-any-return]
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return swiglu(gate, up) if self.act is F.silu else self.act(gate) * up
+        if self.act is F.silu:
+            return F.silu(gate).mul_(up) if quick(gate) else swiglu(gate, up)
+        return self.act(gate) * up
 
 
 def norm_of(config: ModelConfig, family: Family) -> nn.Module:

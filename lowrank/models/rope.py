@@ -1,8 +1,8 @@
-"""Rotary positions (Su et al., 2021), arXiv:2104.09864: the frequencies, and the rotation of a head's numbers.
+"""Rotary positions (Su et al., 2021), arXiv:2104.09864: the frequencies of each family, and the tables of cos and sin.
 
-    (a, b) -> (a cos φ - b sin φ, a sin φ + b cos φ),   φ = position · theta^(-2i / dim)
+    φ = position · theta^(-2i / dim);   `lowrank/kernels/rope.py` turns a head's numbers by it
 
-Angles, cosines and the rotation itself are fp32 whatever the model's dtype: bf16 cannot count positions beyond 256.
+Angles and tables are fp32 whatever the model's dtype: bf16 cannot count positions beyond 256.
 """
 
 import math
@@ -91,35 +91,3 @@ def rotation(rope: Rope, positions: Tensor, length: int) -> Rotation:
     if rope.interleaved:
         return torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-class _Rotate(torch.autograd.Function):
-    """Keeps cos and sin alone for backward, which is the same rotation backwards."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return _rotated(x, cos, sin, interleaved)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin, ctx.interleaved), None, None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x cos + swap(x) (±sin), where swap exchanges the two numbers of each pair."""
-    width = cos.shape[-1]
-    v = x[..., :width].to(cos.dtype)
-    if interleaved:
-        swapped = v.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        swapped = torch.cat([v[..., width // 2 :], v[..., : width // 2]], dim=-1)
-    y = (v * cos).addcmul_(swapped, sin).to(x.dtype)
-    return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
-
-
-def rotate(x: Tensor, by: Rotation, interleaved: bool = False) -> Tensor:
-    """Rotate each head's numbers by its position.  (B, T, H, K) -> (B, T, H, K), in x's dtype"""
-    return _Rotate.apply(x, *by, interleaved)  # type: ignore[no-untyped-call, no-any-return]
