@@ -179,7 +179,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path) -> None:
         model = tiny()
         start(model, meta, init)
         for _, layer in adapted_layers(model):
-            layer.adapters["default"].dropout.p = 0.2  # the random state is part of the promise
+            layer.adapters["default"].dropout = 0.2  # the random state is part of the promise
         return model
 
     torch.manual_seed(7)
