@@ -1,13 +1,16 @@
 """What adapters cost beside the model, PEFT in the same run where it is installed: python -m bench.bench_adapters
 
-The model has SmolLM2-135M's shape (30 layers, dim 576, 210 linear layers) and random weights in fp32; where
-transformers is installed both libraries adapt its own LlamaForCausalLM, else ours adapts our decoder. LoRA r = 8 on all
-linear layers, B random. Each figure is the median of `--repeats` alternating runs, ours and theirs in turn, so that a
-busy machine slows both. The limit: LoRA's products are R (I + O) / (I O) of the base's linear layers, 2.3 % here.
+The model has SmolLM2-135M's shape (30 layers, dim 576, 210 linear layers) and random weights. Where transformers is
+installed, both libraries adapt its own LlamaForCausalLM, and ours also adapts our decoder ("own"); without, only that.
+LoRA r = 8 on all linear layers, B random. Each figure is the median of alternating runs, ours and theirs in turn, so
+that a busy machine slows both. "base" is the model without adapters: the limit, for no library can be faster.
 
-    attach      a new adapter on all 210 layers             overhead   forward of 4 x 128 tokens against the base's
-    merged      the same forward after merging              mixed      8 rows of 32 tokens, each with its own adapter
-    switch      activating one of 100 loaded adapters       load       reading 100 adapter folders (rank 4, q and v)
+    attach     a new adapter on all 210 layers
+    forward    one adapter; 4 x 128 tokens, and a decoding step of 8 rows (one token each, 64 in the cache)
+    merged     the same after merging
+    mixed      8 rows, each with its own adapter (rows; adapter_names): a decoding step, 8 x 32 and 8 x 128 tokens
+    switch     activating one of 100 loaded adapters (rank 4, q and v)
+    load       reading those 100 from their folders
 
 --rows appends one JSON line to bench/results/adapters.jsonl.
 """
@@ -20,15 +23,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lowrank
 from lowrank.methods.lora import LoRAConfig
-from lowrank.models.decoder import Decoder
+from lowrank.models.decoder import Decoder, KVCache
+from lowrank.models.families import config_from_json
 
 try:
     import peft
@@ -37,41 +42,63 @@ except ImportError:
     peft = transformers = None
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+SHAPE |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-EXTRA = 8 * sum(
-    i + o for i, o in ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
-)
-LIMIT = EXTRA / (576 * (576 + 192 + 192 + 576 + 1536 * 3))
+EIGHT = [f"n{i}" for i in range(8)]
+CACHED = 64
+Run = Callable[[], Any]
+Times = dict[str, float]
 
 
-def build() -> nn.Module:
-    torch.manual_seed(0)
-    if transformers is not None:
-        config = transformers.LlamaConfig(vocab_size=49152, num_key_value_heads=3, tie_word_embeddings=True, **SHAPE)
-        return transformers.LlamaForCausalLM(config).eval()
-    from lowrank.models.families import ModelConfig, read_config
-
-    settings = SHAPE | {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    }
-    config = read_config(settings | {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048})
-    assert isinstance(config, ModelConfig)
-    model = Decoder(config)
+def own(dtype: torch.dtype) -> nn.Module:
+    """Our decoder."""
+    model = Decoder(config_from_json(SHAPE | {"model_type": "llama", "max_position_embeddings": 2048}))
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
-    return model.eval()
+    return model.to(dtype).eval()
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def theirs(dtype: torch.dtype) -> nn.Module:
+    """transformers' model of the same shape."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(dtype).eval()
+
+
+def tokens(rows: int, width: int) -> torch.Tensor:
+    return torch.randint(SHAPE["vocab_size"], (rows, width), generator=torch.Generator().manual_seed(0))
+
+
+def forward(model: nn.Module, rows: int, width: int, **extra: Any) -> Run:
+    """width 1: a decoding step on top of CACHED tokens, the same one each time."""
+    ids = tokens(rows, width)
+    if width > 1:
+        return lambda: model(ids, **extra)
+    before = tokens(rows, CACHED)
+    if isinstance(model, Decoder):
+        weight = model.get_submodule(model.family.names.embed).weight
+        cache = KVCache(model.config, rows, CACHED + 1, weight.dtype, weight.device)
+        model(before, cache=cache)
+
+        def step() -> None:
+            cache.stored = CACHED
+            model(ids, cache=cache)
+
+        return step
+    kept = model(before, use_cache=True, **extra).past_key_values
+
+    def step_of_theirs() -> None:
+        model(ids, past_key_values=kept, use_cache=True, **extra)
+        kept.crop(-1)
+
+    return step_of_theirs
+
+
+def seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def medians(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
+def medians(repeats: int, runs: dict[str, Run]) -> Times:
     """Alternating runs, so that what else the machine does falls on all of them alike."""
     for run in runs.values():
         run()
@@ -82,163 +109,157 @@ def medians(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> nn.Module:
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.02)
+    return model
 
 
-def attach_and_forward(repeats: int) -> dict[str, Any]:
-    ids = torch.randint(49152, (4, 128), generator=torch.Generator().manual_seed(0))
-    ours, theirs = build(), build() if peft else None
-    rows: dict[str, Any] = {}
+def ours(model: nn.Module, names: list[str]) -> nn.Module:
+    for name in names:
+        lowrank.attach(model, LoRAConfig(rank=8), LINEAR, name=name)
+    return randomise(model)
 
-    def attach_ours() -> None:
-        lowrank.attach(ours, LoRAConfig(rank=8), LINEAR)
 
-    def attach_theirs() -> Any:
-        config = peft.LoraConfig(r=8, target_modules=LINEAR, init_lora_weights=True)
-        return peft.get_peft_model(theirs, config)
+def with_peft(model: nn.Module, names: list[str]) -> nn.Module:
+    config = peft.LoraConfig(r=8, target_modules=LINEAR)
+    wrapped = peft.get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
+    return randomise(wrapped).eval()
 
+
+def attach(repeats: int, dtype: torch.dtype) -> dict[str, Times]:
+    model, other = (theirs(dtype), theirs(dtype)) if peft else (own(dtype), None)
     times: dict[str, list[float]] = {"ours": [], "peft": []}
     for _ in range(repeats):
-        times["ours"].append(seconds(attach_ours))
-        lowrank.detach(ours)
+        times["ours"].append(seconds(lambda: lowrank.attach(model, LoRAConfig(rank=8), LINEAR)))
+        lowrank.detach(model)
         if peft:
             start = time.perf_counter()
-            wrapped = attach_theirs()
+            wrapped = peft.get_peft_model(other, peft.LoraConfig(r=8, target_modules=LINEAR))
             times["peft"].append(time.perf_counter() - start)
             wrapped.unload()
-    rows["attach"] = {name: statistics.median(values) for name, values in times.items() if values}
-    base = build()
-    attach_ours()
-    randomise(ours)
-    runs: dict[str, Callable[[], Any]] = {"base": lambda: base(ids), "ours": lambda: ours(ids)}
+    return {"attach": {name: statistics.median(values) for name, values in times.items() if values}}
+
+
+def single(repeats: int, dtype: torch.dtype) -> dict[str, Times]:
+    name, sizes = str(dtype).removeprefix("torch."), {"4 x 128": (4, 128), "step of 8": (8, 1)}
+    models = {"own base": own(dtype), "own": ours(own(dtype), ["n0"])}
     if peft:
-        wrapped = attach_theirs().eval()
-        randomise(wrapped)
-        runs["peft"] = lambda: wrapped(ids)
-    rows["forward"] = medians(repeats, **runs)
-    lowrank.merge(ours)
-    runs = {"base": lambda: base(ids), "ours": lambda: ours(ids)}
+        models |= {"base": theirs(dtype), "ours": ours(theirs(dtype), ["n0"]), "peft": with_peft(theirs(dtype), ["n0"])}
+    found: dict[str, Times] = {}
+    for size, (rows, width) in sizes.items():
+        runs = {who: forward(model, rows, width) for who, model in models.items()}
+        found[f"forward {name}, {size}"] = medians(repeats, runs)
+    for who in ("ours", "own"):
+        if who in models:
+            lowrank.merge(models[who], "n0")
     if peft:
-        unloaded = wrapped.merge_and_unload()
-        runs["peft"] = lambda: unloaded(ids)
-    rows["merged"] = medians(repeats, **runs)
-    return rows
+        models["peft"] = models["peft"].merge_and_unload()
+    runs = {who: forward(model, 4, 128) for who, model in models.items()}
+    return found | {f"merged {name}, 4 x 128": medians(repeats, runs)}
 
 
-def mixed(repeats: int, tokens: int) -> dict[str, float]:
-    names = [f"n{i}" for i in range(8)]
-    ids = torch.randint(49152, (8, tokens), generator=torch.Generator().manual_seed(0))
-    ours = build()
-    for name in names:
-        lowrank.attach(ours, LoRAConfig(rank=8), LINEAR, name=name)
-    randomise(ours)
-
-    def run_ours() -> Tensor:
-        with lowrank.rows(ours, names):
-            return ours(ids)
-
-    base = build()
-    runs: dict[str, Callable[[], Any]] = {"base": lambda: base(ids), "ours": run_ours}
+def mixed(repeats: int, dtype: torch.dtype) -> dict[str, Times]:
+    name, sizes = str(dtype).removeprefix("torch."), {"step of 8": 1, "8 x 32": 32, "8 x 128": 128}
+    models = {"own base": own(dtype), "own": ours(own(dtype), EIGHT)}
     if peft:
-        config = peft.LoraConfig(r=8, target_modules=LINEAR)
-        wrapped = peft.get_peft_model(build(), config, adapter_name=names[0])
-        for name in names[1:]:
-            wrapped.add_adapter(name, config)
-        wrapped.eval()
-        randomise(wrapped)
-        runs["peft"] = lambda: wrapped(ids, adapter_names=names)
-    return medians(repeats, **runs)
+        models |= {"base": theirs(dtype), "ours": ours(theirs(dtype), EIGHT), "peft": with_peft(theirs(dtype), EIGHT)}
+    found: dict[str, Times] = {}
+    for size, width in sizes.items():
+        runs = {who: forward(models[who], 8, width) for who in models if who.endswith("base")}
+        if peft:
+            runs["peft"] = forward(models["peft"], 8, width, adapter_names=EIGHT)
+        with lowrank.rows(models["own"], EIGHT):  # a serving loop holds the block open over many steps
+            runs["own"] = forward(models["own"], 8, width)
+            if not peft:
+                found[f"mixed {name}, {size}"] = medians(repeats, runs)
+                continue
+            with lowrank.rows(models["ours"], EIGHT):
+                runs["ours"] = forward(models["ours"], 8, width)
+                found[f"mixed {name}, {size}"] = medians(repeats, runs)
+    return found
 
 
-def hundred(repeats: int) -> dict[str, dict[str, float]]:
+def hundred(repeats: int, dtype: torch.dtype) -> dict[str, Times]:
     with tempfile.TemporaryDirectory() as folder:
-        maker = build()
-        lowrank.attach(maker, LoRAConfig(rank=4), ["q_proj", "v_proj"])
-        lowrank.save_adapter(maker, Path(folder) / "n0", format="peft")
+        model = theirs(dtype) if peft else own(dtype)
+        lowrank.attach(model, LoRAConfig(rank=4), ["q_proj", "v_proj"])
+        lowrank.save_adapter(model, Path(folder) / "n0", format="peft")
         for i in range(1, 100):  # the same values: only the time counts
             shutil.copytree(Path(folder) / "n0", Path(folder) / f"n{i}")
-        lowrank.detach(maker)
-        ours = maker
-
-        def load_ours() -> None:
-            for i in range(100):
-                lowrank.load_adapter(ours, Path(folder) / f"n{i}")
-
-        loading = {"ours": seconds(load_ours)}
-        switching: dict[str, Callable[[], Any]] = {"ours": cycle(lambda i: lowrank.activate(ours, f"n{i}"))}
+        lowrank.detach(model)
+        folders = [Path(folder) / f"n{i}" for i in range(100)]
+        loading = {"ours": seconds(lambda: [lowrank.load_adapter(model, folder) for folder in folders])}
+        switching: dict[str, Run] = {"ours": cycle(partial(lowrank.activate, model))}
         if peft:
-            first = time.perf_counter()
-            wrapped = peft.PeftModel.from_pretrained(build(), Path(folder) / "n0", adapter_name="n0")
+            start = time.perf_counter()
+            wrapped = peft.PeftModel.from_pretrained(theirs(dtype), folders[0], adapter_name="n0")
             for i in range(1, 100):
-                wrapped.load_adapter(Path(folder) / f"n{i}", adapter_name=f"n{i}")
-            loading["peft"] = time.perf_counter() - first
-            switching["peft"] = cycle(lambda i: wrapped.set_adapter(f"n{i}"))
-        return {"load": loading, "switch": medians(max(repeats, 20), **switching)}
+                wrapped.load_adapter(folders[i], adapter_name=f"n{i}")
+            loading["peft"] = time.perf_counter() - start
+            switching["peft"] = cycle(wrapped.set_adapter)
+        return {"load 100": loading, "switch": medians(max(repeats, 20), switching)}
 
 
-def cycle(act: Callable[[int], Any]) -> Callable[[], None]:
+def cycle(act: Callable[[str], Any]) -> Run:
     state = {"i": 0}
 
     def run() -> None:
         state["i"] = (state["i"] + 37) % 100
-        act(state["i"])
+        act(f"n{state['i']}")
 
     return run
 
 
-def show(what: str, times: dict[str, float], aim: str) -> None:
-    ours, theirs = 1e3 * times["ours"], 1e3 * times["peft"] if "peft" in times else None
-    other = "-" if theirs is None else f"{theirs:.2f} ms"
-    ratio = "" if theirs is None else f"{theirs / ours:.1f}x"
-    base = f" (base {1e3 * times['base']:.0f} ms)" if "base" in times else ""
-    print(f"{what + base:<34}{f'{ours:.2f} ms':>13}{other:>13}{ratio:>9}   {aim}", flush=True)
-    if "base" in times and not what.startswith("mixed"):
-        over = {who: 100 * (times[who] / times["base"] - 1) for who in ("ours", "peft") if who in times}
-        print(
-            f"{'  over the base':<34}{over['ours']:>11.1f} %" + (f"{over['peft']:>11.1f} %" if "peft" in over else "")
-        )
+AIMS = {"attach": "5x", "forward": "overhead at most half", "mixed": "3x", "switch": "under 1 ms"}
 
 
-AIMS = {"attach": "5x", "forward": f"half of theirs; limit {100 * LIMIT:.1f} %", "merged": "0 %", "mixed 32": "3x",
-        "mixed 1": "3x", "load": "", "switch": "under 1 ms"}  # fmt: skip
+def table(rows: dict[str, Times]) -> str:
+    """As Markdown. Times in ms; the ratio is PEFT's time over ours on the same model."""
+    lines = ["| | base | lowrank | PEFT | PEFT / lowrank | own decoder: base | with lowrank | aim |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    for what, t in rows.items():
+        cells = [f"{1e3 * t[who]:.1f}" if who in t else "" for who in ("base", "ours", "peft", "own base", "own")]
+        ratio = f"{t['peft'] / t['ours']:.1f}x" if "peft" in t else ""
+        aim = AIMS.get(what.split()[0], "")
+        lines.append(f"| {what} | {' | '.join(cells[:3])} | {ratio} | {' | '.join(cells[3:])} | {aim} |")
+        if what.startswith("forward") and "peft" in t:
+            over = [f"{100 * (t[who] / t['base'] - 1):.1f} %" for who in ("ours", "peft")]
+            mine = f"{100 * (t['own'] / t['own base'] - 1):.1f} %"
+            half = (t["peft"] - t["base"]) / max(t["ours"] - t["base"], 1e-9)
+            lines.append(f"| ... over the base | | {' | '.join(over)} | {half:.1f}x | | {mine} | |")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--layers", type=int, default=30, help="fewer for a quick look on a busy machine")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="single,mixed,hundred", help="parts to run, separated by commas")
+    parser.add_argument("--dtype", default="bfloat16,float32", help="of the model; the second one for `single` alone")
+    parser.add_argument("--only", default="attach,single,mixed,hundred", help="parts to run, separated by commas")
     parser.add_argument("--rows", action="store_true", help="append the result to bench/results/adapters.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
     SHAPE["num_hidden_layers"] = arguments.layers
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "single": lambda: attach_and_forward(arguments.repeats),
-        "mixed": lambda: {f"mixed {n}": mixed(arguments.repeats, n) for n in (1, 32)},
-        "hundred": lambda: hundred(arguments.repeats),
-    }
-    print(f"{'':<34}{'lowrank':>13}{'peft':>13}{'ratio':>9}   aim")
-    rows: dict[str, Any] = {}
+    dtypes = [getattr(torch, name) for name in arguments.dtype.split(",")]
+    rows: dict[str, Times] = {}
     for part in arguments.only.split(","):
-        new = parts[part]()
-        for what, times in new.items():
-            show(what, times, AIMS[what])
-        rows |= new
+        for dtype in dtypes if part == "single" else dtypes[:1]:
+            rows |= {"attach": attach, "single": single, "mixed": mixed, "hundred": hundred}[part](
+                arguments.repeats, dtype
+            )
+    print(table(rows))
     if arguments.rows:
         target = Path(__file__).parent / "results" / "adapters.jsonl"
         target.parent.mkdir(exist_ok=True)
-        where = {
-            "machine": platform.machine(),
-            "threads": arguments.threads,
-            "layers": arguments.layers,
-            "torch": torch.__version__,
-        }
-        where["peft"] = None if peft is None else peft.__version__
+        where = {"machine": platform.machine(), "threads": arguments.threads, "layers": arguments.layers}
+        where |= {"torch": torch.__version__, "peft": None if peft is None else peft.__version__}
         with open(target, "a", encoding="utf-8") as file:
             file.write(json.dumps(where | rows) + "\n")
 

@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 PROFILES = {
     "smoke": {"steps": 2, "subjects": 4, "questions": 4, "prose": 1000},
-    "short": {"steps": 60, "subjects": 6, "questions": 84, "prose": 4000},
+    "short": {"steps": 60, "subjects": 6, "questions": 168, "prose": 4000},
     "full": {"steps": None, "subjects": 40, "questions": 140, "prose": None},
 }
 BATCH = {"smoke": 4, "short": 4, "full": 16}
@@ -95,7 +95,7 @@ def finished(profile: str) -> dict[str, dict[str, Any]]:
     """The last row of each method that ran with this profile and today's settings."""
     path = RESULTS / "methods.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return {row["method"]: row for row in rows if row["settings"] == settings_of(row["method"], profile)}
+    return {row["method"]: row for row in rows if row.get("settings") == settings_of(row["method"], profile)}
 
 
 def settings_of(name: str, profile: str) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
-        self.edited = nn.ModuleDict()  # name -> the layer that stands in for the base (methods that edit it)
+        self.edited: Any = {}  # name -> the layer that stands in for the base (methods that edit it)
         self.selection = selection or Selection()
         self.unmerged: tuple[
             nn.Module, ...
@@ -169,7 +169,8 @@ class AdaptedLinear(nn.Module):
     def put(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter.train(self.base.training)
         if adapter.edits_base:
-            self.edited[name] = adapter.edit(self.base).requires_grad_(False)
+            edited = adapter.edit(self.base).requires_grad_(False)
+            self.edited = nn.ModuleDict({**self.edited, name: edited})
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
@@ -245,7 +246,10 @@ class Slot(nn.Module):
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Several layers on one input (q, k, v; gate, up), so that a fused path may do them at once."""
+    """Several layers on one input (q, k, v; gate, up), at once while their weights are kept (quant.linear.decoded)."""
+    kept = layers[0].__dict__.get("_kept")
+    if kept is not None and not torch.is_grad_enabled() and (y := kept.product(layers, x)) is not None:
+        return y.split([layer.out_features for layer in layers], dim=-1)  # type: ignore[no-any-return]
     return tuple(layer(x) for layer in layers)
 
 
@@ -301,7 +305,9 @@ _KEEP = object()
 def with_weight(base: nn.Module, weight: Tensor, bias: Any = _KEEP) -> nn.Module:
     """A frozen layer of base's class with another weight (O, I), and bias if given. All else is shared."""
     new = base.__class__.__new__(base.__class__)
-    new.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in base.__dict__.items()}
+    new.__dict__ = {
+        k: (v.copy() if isinstance(v, dict) else v) for k, v in base.__dict__.items() if k not in ("forward", "_kept")
+    }
     stored = weight.T.contiguous() if stores_transposed(base) else weight
     new._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
     if bias is not _KEEP and "bias" in new._parameters:

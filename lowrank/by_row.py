@@ -7,6 +7,7 @@ block, not at each forward.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lowrank.adapter import AdaptedLinear, Adapter, Weights
 
+_version = attrgetter("_version")
 Row = tuple["Adapter | None", float]  # what acts on it and its weight; None is the base alone
 Sum = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> adapted y, all rows at once
 
@@ -29,7 +31,7 @@ class _Kept:
         """Whether the parameters still hold what `act` was made from, and need no gradient through it."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters):
             return False
-        return self.versions == [p._version for p in self.parameters]
+        return self.versions == list(map(_version, self.parameters))
 
 
 class Rows:
@@ -91,4 +93,4 @@ class Rows:
         rows: list[Row] = [(row[0][1], row[0][2]) if row else (None, 0.0) for row in acting]
         parameters = [p for adapter in adapters for p in adapter.parameters()]
         act = method.grouped(rows, dtype) if method.may("grouped") else None
-        return _Kept(act, parameters, [p._version for p in parameters])
+        return _Kept(act, parameters, list(map(_version, parameters)))

@@ -294,12 +294,13 @@ def coverage(model: nn.Module, name: str, found: dict[str, list[str]] | None = N
     layers = places(model)
     adapters = {path: layer.adapters[name] for path, layer in adapted_layers(model, name)}
     own = {path: adapter for path, adapter in adapters.items() if not isinstance(adapter, TrainedCopy)}
+    trainable, total = count_parameters(model)
     return Coverage(
         method=attachments(model)[name].method,
         name=name,
         layers=found or _by_leaf(adapters),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=count_parameters(model),
+        trainable=trainable,
+        total=total,
         fused=all(adapter.may("fused") for adapter in own.values()),  # type: ignore[operator]
         shapes={path: shape for path in own if (shape := shape_of(layers[path])) is not None},
     )
@@ -345,7 +346,7 @@ def wrap(model: nn.Module, path: str) -> AdaptedLinear:
     layer = model.get_submodule(path)
     if not isinstance(layer, AdaptedLinear):
         layer = AdaptedLinear(layer, carried(model).selection)
-        layer.train(layer.base.training)
+        layer.training = layer.base.training
         _replace(model, path, layer)
     return layer
 
@@ -390,15 +391,20 @@ def detach(model: nn.Module, name: str = "default") -> None:
         del model.__dict__["_lowrank"]
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of base and adapters, a quantized weight counted by its values and not by its bytes."""
-    total, inside = 0, set[int]()
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) of base and adapters, a quantized weight counted by its values and not by its bytes."""
+    sizes: dict[int, int] = {}  # by id: a shared parameter counts once
+    trainable = 0
     for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None and id(p) not in sizes:
+                sizes[id(p)] = p.numel()
+                trainable += p.numel() if p.requires_grad else 0
         if isinstance(module, QuantizedLinear):
-            total += module.in_features * module.out_features
-            total += 0 if module.bias is None else module.bias.numel()
-            inside.update(map(id, module.parameters()))
-    return total + sum(p.numel() for p in model.parameters() if id(p) not in inside)
+            parts = module.quantized.parts()
+            sizes |= {id(module._parameters[name]): 0 for name in parts}
+            sizes[id(module)] = module.in_features * module.out_features
+    return trainable, sum(sizes.values())
 
 
 def trainable_parameters(model: nn.Module) -> list[torch.nn.Parameter]:

@@ -5,13 +5,14 @@
 A row whose adapter has a smaller rank is filled up with zero rows of A and zero columns of B.
 """
 
+import torch
 from torch import Tensor
 
 
 def lora_grouped_ref(x: Tensor, A: Tensor, B: Tensor, scaling: Tensor | None = None) -> Tensor:
     """The definition, in A's dtype: two batched products.  -> (N, T, O)"""
-    h = x.to(A.dtype) @ A.mT  # (N, T, R)
-    return (h if scaling is None else h * scaling[:, None, None]) @ B.mT
+    h = torch.bmm(x.to(A.dtype), A.mT)  # (N, T, R)
+    return torch.bmm(h if scaling is None else h * scaling[:, None, None], B.mT)
 
 
 def lora_grouped(x: Tensor, A: Tensor, B: Tensor, scaling: Tensor | None = None) -> Tensor:
@@ -20,7 +21,12 @@ def lora_grouped(x: Tensor, A: Tensor, B: Tensor, scaling: Tensor | None = None)
     (N, T, I), (N, R, I), (N, O, R), (N,) -> (N, T, O) in A's dtype
     """
     N, R, I = A.shape
-    if x.dim() != 3 or x.shape[::2] != (N, I) or B.shape[::2] != (N, R) or (scaling is not None and scaling.shape != (N,)):
+    if (
+        x.dim() != 3
+        or x.shape[::2] != (N, I)
+        or B.shape[::2] != (N, R)
+        or (scaling is not None and scaling.shape != (N,))
+    ):
         raise ValueError(
             "lora_grouped needs x (N, T, I), A (N, R, I), B (N, O, R), scaling (N,), got"
             f" {[tuple(t.shape) for t in (x, A, B, scaling) if t is not None]}"

@@ -64,7 +64,6 @@ class AdaLoRA(Adapter):
         super().__init__(config, base)
         in_features, out_features = features(base)
         self.config, self.scaling = config, config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout)
         self.lora_A = nn.Parameter(0.02 * torch.randn(config.rank, in_features))  # (R, I)
         self.lora_B = nn.Parameter(0.02 * torch.randn(out_features, config.rank))  # (O, R)
         self.lora_E = nn.Parameter(torch.zeros(config.rank, 1))  # (R, 1)
@@ -73,7 +72,8 @@ class AdaLoRA(Adapter):
             self.register_buffer(f"{name}_change", torch.zeros_like(p), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        h = linear(self.dropout(x) if x.is_floating_point() else x, self.lora_A * self.lora_E)  # (..., R)
+        x = F.dropout(x, self.config.dropout, self.training) if x.is_floating_point() else x
+        h = linear(x, self.lora_A * self.lora_E)  # (..., R)
         return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

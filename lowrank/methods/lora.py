@@ -77,14 +77,15 @@ class LoRA(Adapter):
         in_features, out_features = features(base)
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)
         self.lr_ratio, self.rank_stabilized = config.lr_ratio, config.rank_stabilized
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.lora_A = nn.Parameter(torch.empty(config.rank, in_features))  # (R, I)
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank))  # (O, R)
         # a = √5 is U(-1/√I, 1/√I), as in the authors' code; the paper says Gaussian. B = 0 makes step 0 exact.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        h = linear(self.dropout(x) if self.dropout.p else x, self.lora_A)  # (..., I) -> (..., R), in A's dtype
+        x = F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
+        h = linear(x, self.lora_A)  # (..., I) -> (..., R), in A's dtype
         return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)  # (..., R) -> (..., O)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -99,22 +100,23 @@ class LoRA(Adapter):
     def fused(self, x: Tensor, base: nn.Module) -> Tensor | None:
         """The same sum without a tensor of its own for the update: it is added inside the second small product.
 
-        With 16-bit activations both products run in 16 bits and nothing of x is copied to fp32; rounding A, B and x Aᵀ
-        changes the update by a few units of its last place. Dropout needs `forward`.
+        With 16-bit activations both products run in 16 bits; rounding A, B and x Aᵀ changes the update by a few units
+        of its last place. A CPU takes 30 µs for any 16-bit product: up to 32 tokens it is done sooner in A's dtype.
         """
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        if not (half or x.dtype == self.lora_A.dtype) or (self.training and self.dropout.p > 0):
+        few = x.device.type == "cpu" and x.numel() <= 32 * x.shape[-1]
+        dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float16) and not few else self.lora_A.dtype
+        if not x.is_floating_point() or (self.training and self.dropout > 0):
             return None
         y = base(x)
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., I) -> (..., R)
-        update = h.flatten(0, -2), self.lora_B.to(x.dtype).T
-        return torch.addmm(y.flatten(0, -2), *update, alpha=self.scaling).view_as(y)
+        h = F.linear(x.to(dtype), self.lora_A.to(dtype)).reshape(-1, len(self.lora_A))  # (..., I) -> (N, R)
+        y_rows, up = y.reshape(-1, y.shape[-1]).to(dtype), self.lora_B.to(dtype).T
+        return torch.addmm(y_rows, h, up, alpha=self.scaling).to(y.dtype).view_as(y)
 
     @classmethod
     def grouped(cls, rows: list[Row], dtype: torch.dtype) -> Sum | None:
         """Two batched products for all rows; smaller ranks are filled up with zeros, weights and scalings are in B."""
         some = next(adapter for adapter, _ in rows if adapter is not None)
-        if not dtype.is_floating_point or any(a and a.training and a.dropout.p > 0 for a, _ in rows):
+        if not dtype.is_floating_point or any(a and a.training and a.dropout > 0 for a, _ in rows):
             return None
         rank = max(len(a.lora_A) for a, _ in rows if a is not None)
         none = some.lora_A.new_zeros(0, some.lora_A.shape[1]), some.lora_B.new_zeros(some.lora_B.shape[0], 0)

@@ -81,12 +81,12 @@ class VeRA(Adapter):
             A, B = A.clone(), B.clone()
         self.register_buffer("vera_A", A[:, :in_features], persistent=config.save_projection)  # (R, I)
         self.register_buffer("vera_B", B[:out_features], persistent=config.save_projection)  # (O, R)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.vera_lambda_d = nn.Parameter(torch.full((config.rank,), config.d_initial))
         self.vera_lambda_b = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        x = self.dropout(x) if x.is_floating_point() else x
+        x = F.dropout(x, self.dropout, self.training) if x.is_floating_point() else x
         h = self.vera_lambda_d * linear(x, self.vera_A)  # (..., I) -> (..., R)
         return y + (self.vera_lambda_b * F.linear(h, self.vera_B)).to(y.dtype)
 
