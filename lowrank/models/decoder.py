@@ -44,7 +44,7 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
 
 
 def quick(x: Tensor) -> bool:
-    """Whether plain torch calls will do: no gradient, on a CPU. At one token a step the number of calls is what costs."""
+    """Whether plain torch calls will do: no gradient, on a CPU. At one token a step the calls alone cost time."""
     return x.is_cpu and not torch.is_grad_enabled() and mode() != "triton"
 
 
@@ -490,10 +490,9 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor | None:
-        """(V, D) where the logits are hidden @ Wᵀ and nothing else (a loss may take them in parts), or None."""
+        """(V, D) where the logits are hidden @ Wᵀ, softcap aside (a loss may take them in parts), or None."""
         head = self.get_submodule(self.family.names.lm_head)
-        plain = type(head) is nn.Linear and head.bias is None and self.config.final_softcap is None
-        return head.weight if plain else None  # type: ignore[return-value]
+        return head.weight if type(head) is nn.Linear and head.bias is None else None
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)"""

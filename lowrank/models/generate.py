@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank.adapter import carried
 from lowrank.models.decoder import KVCache, positions_from_mask, rounded_up
 from lowrank.models.tokenizer import Tokenizer
+from lowrank.quant.linear import decoded
 
 Messages = list[dict[str, Any]]
 
@@ -118,39 +119,40 @@ def generate_ids(
     training = model.training
     model.eval()
     try:
-        hidden = model.hidden(ids, mask[:, :width], positions, cache)[:, -1]  # type: ignore[operator]
-        if samples > 1:
-            each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-            cache.keep(each)
-            hidden, positions, mask = hidden[each], positions[each], mask[each]
-        sample.read([prompt for prompt in prompts for _ in range(samples)])
-        for step in range(max_new_tokens):
-            chosen = sample(model.head(hidden), rows)  # type: ignore[operator]
-            for row, id in zip(rows, chosen):
-                done[row] = done[row] or id in ends
-                if not done[row]:
-                    answers[row].append(id)
-                    done[row] = ended is not None and ended(answers[row])
-                    if on_token is not None:
-                        on_token(row, id)
-            if on_progress is not None:
-                on_progress(sum(done) if step + 1 < max_new_tokens else len(answers))
-            if all(done) or step + 1 == max_new_tokens:
-                break
-            positions = positions[:, -1:] + 1
-            alive = [i for i, row in enumerate(rows) if not done[row]]
-            if rounded_up(len(alive), 8) < len(rows) and carried(model).selection.now.rows is None:
-                alive = sorted(alive + [i for i in range(len(rows)) if done[rows[i]]][: -len(alive) % 8])
-                keep = torch.tensor(alive, device=device)
-                cache.keep(keep)
-                positions, mask, rows, chosen = (
-                    positions[keep],
-                    mask[keep],
-                    [rows[i] for i in alive],
-                    [chosen[i] for i in alive],
-                )
-            last = torch.tensor(chosen, device=device)[:, None]
-            hidden = model.hidden(last, mask[:, : cache.length + 1], positions, cache)[:, -1]  # type: ignore[operator]
+        with decoded(model):
+            hidden = model.hidden(ids, mask[:, :width], positions, cache)[:, -1]  # type: ignore[operator]
+            if samples > 1:
+                each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+                cache.keep(each)
+                hidden, positions, mask = hidden[each], positions[each], mask[each]
+            sample.read([prompt for prompt in prompts for _ in range(samples)])
+            for step in range(max_new_tokens):
+                chosen = sample(model.head(hidden), rows)  # type: ignore[operator]
+                for row, id in zip(rows, chosen):
+                    done[row] = done[row] or id in ends
+                    if not done[row]:
+                        answers[row].append(id)
+                        done[row] = ended is not None and ended(answers[row])
+                        if on_token is not None:
+                            on_token(row, id)
+                if on_progress is not None:
+                    on_progress(sum(done) if step + 1 < max_new_tokens else len(answers))
+                if all(done) or step + 1 == max_new_tokens:
+                    break
+                positions = positions[:, -1:] + 1
+                alive = [i for i, row in enumerate(rows) if not done[row]]
+                if rounded_up(len(alive), 8) < len(rows) and carried(model).selection.now.rows is None:
+                    alive = sorted(alive + [i for i in range(len(rows)) if done[rows[i]]][: -len(alive) % 8])
+                    keep = torch.tensor(alive, device=device)
+                    cache.keep(keep)
+                    positions, mask, rows, chosen = (
+                        positions[keep],
+                        mask[keep],
+                        [rows[i] for i in alive],
+                        [chosen[i] for i in alive],
+                    )
+                last = torch.tensor(chosen, device=device)[:, None]
+                hidden = model.hidden(last, mask[:, : cache.length + 1], positions, cache)[:, -1]  # type: ignore[operator]
     finally:
         model.train(training)
     return answers

@@ -6,6 +6,7 @@ share, so a frozen weight costs its 4 bits and the largest layer once.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.quant.codec import decode_into, workspace
 from lowrank.quant.formats import parse_format
-from lowrank.quant.packed import PACKED_ROWS, pack_product, packable
+from lowrank.quant.packed import PACKED_ROWS, ordered_product, ordered_product_works, pack_product, packable
 from lowrank.quant.tensor import QuantizedTensor
 
 
@@ -46,60 +47,91 @@ def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Kept:
-    """Decoded weights, or codes packed for torch's own product, from first use on while they fit into the budget."""
+    """Weights in the form that is read fastest, from first use on while they fit into the budget.
+
+    For bf16 on a CPU that is oneDNN's order, or packed int4 codes (`packed.py`); else quantized weights are decoded.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self.left = budget_bytes
-        self.weights: dict[tuple[int, torch.dtype | str], tuple[QuantizedTensor, Any]] = {}
+        self.forms: dict[Any, tuple[Any, ...]] = {}  # layers and dtype -> (product or None, its sources, the layers)
 
-    def product(self, layer: "QuantizedLinear", x: Tensor) -> Tensor | None:
-        """x Qᵀ + b with what is kept of this layer; None where it has to decode."""
-        q, bias = layer.quantized, layer.bias
-        if x.numel() < PACKED_ROWS * layer.in_features and packable(q, x):
-            packed = self._get(layer, "packed", q, q.numel // 2 + 4 * q.scales.numel(), lambda: pack_product(q))
-            if packed is not None:
-                return packed(x) if bias is None else packed(x) + bias
-        weight = self._get(layer, x.dtype, q, q.numel * x.dtype.itemsize, lambda: q.dequantize(x.dtype))
-        return None if weight is None else F.linear(x, weight, bias)
+    def product(self, layers: tuple[nn.Module, ...], x: Tensor) -> Tensor | None:
+        """x [Q₁ᵀ Q₂ᵀ ...] + b, the outputs side by side; None where the layers have to work as they are."""
+        few = x.numel() < PACKED_ROWS * x.shape[-1] and layers[0].__dict__.get("_layout", " ")[0].startswith("int4")
+        key = (*map(id, layers), x.dtype, few)
+        form, sources, _ = found = self.forms.get(key, (None, None, None))
+        if sources is None or any(at[name] is not p or p._version != v for at, name, p, v in sources):
+            sources = [
+                (layer._parameters, name, p, p._version)
+                for layer in layers
+                for name, p in layer._parameters.items()
+                if p is not None
+            ]
+            form = self._form(layers, x, few, paid=found[0] is not None)
+            self.forms[key] = form, sources, layers  # which live as long, so that no other layer gets the same id
+        return None if form is None else form(x)
 
-    def _get(
-        self, layer: nn.Module, kind: torch.dtype | str, q: QuantizedTensor, size: int, make: Callable[[], Any]
-    ) -> Any:
-        found = self.weights.get((id(layer), kind))
-        if found is not None and found[0] is q:  # else its parts were replaced meanwhile
-            return found[1]
-        if found is None:
-            if size > self.left:
-                return None
-            self.left -= size
-        self.weights[id(layer), kind] = q, make()
-        return self.weights[id(layer), kind][1]
+    def _form(self, layers: tuple[Any, ...], x: Tensor, few: bool, paid: bool) -> Callable[[Tensor], Tensor] | None:
+        qs = [layer.quantized for layer in layers if isinstance(layer, QuantizedLinear)]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        alike = len(qs) in (0, len(layers)) and len(biases) in (0, len(layers))
+        if not alike or any(layer.__dict__.get("_kept") is not self for layer in layers):  # an adapter's layer, for one
+            return None
+        packed = few and len({(q.format, q.block_size) for q in qs}) == 1 and all(packable(q, x) for q in qs)
+        ordered = not packed and x.dtype == torch.bfloat16 and x.device.type == "cpu" and ordered_product_works()
+        numel = sum(layer.out_features * layer.in_features for layer in layers)
+        size = numel // 2 + 4 * sum(q.scales.numel() for q in qs) if packed else numel * x.dtype.itemsize
+        if not (qs or (ordered and layers[0].weight.dtype == x.dtype)) or (not paid and size > self.left):
+            return None
+        self.left -= 0 if paid else size
+        bias = torch.cat(biases).detach() if biases else None
+        if packed:
+            return pack_product(qs, bias)
+        dense = [q.dequantize(x.dtype) for q in qs] or [layer.weight for layer in layers]
+        weight = torch.cat(dense) if len(dense) > 1 else dense[0]
+        return ordered_product(weight, bias) if ordered else partial(F.linear, weight=weight, bias=bias)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a layer has no share in it."""
 
 
 @contextmanager
 def decoded(model: nn.Module, budget_bytes: int = 2**30) -> Iterator[None]:
-    """Inside the block each quantized layer decodes its weight once and keeps it, within `budget_bytes` in all.
+    """Inside the block each linear layer keeps its weight in the form that is read fastest, `budget_bytes` in all.
 
-    For generation, which reads every weight once a token. It acts only where no gradient is taken. Layers that do not
-    fit decode as before; all copies are dropped at the end of the block. The values are the same as without, but for
-    int4 and int4-affine in bf16 at fewer than 8 rows: those go through torch's packed product (see `packed.py`).
+    For generation, which reads every weight once a token. It acts only where no gradient is taken. A quantized layer
+    decodes once; bf16 weights on a CPU get a copy in oneDNN's order; layers that share an input work as one
+    (`adapter.project`). Layers that do not fit work as before; all copies are dropped at the end of the block. The
+    values are the same as without, but for int4 and int4-affine in bf16 at fewer than 8 rows (see `packed.py`).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    before = [layer._kept for layer in layers]
-    kept = _Kept(budget_bytes)
-    for layer, old in zip(layers, before):
-        layer._kept = old or kept
+    kept, changed = _Kept(budget_bytes), []
+    for layer in model.modules():
+        dense = type(layer) is nn.Linear and ordered_product_works() and layer.weight.dtype == torch.bfloat16
+        if (dense or isinstance(layer, QuantizedLinear)) and layer.__dict__.get("_kept") is None:
+            layer._kept = kept  # type: ignore[assignment]
+            changed.append(layer)
+        if dense and "forward" not in layer.__dict__:
+            layer.forward = partial(_kept_forward, layer)  # type: ignore[method-assign, arg-type]
     try:
         yield
     finally:
-        for layer, old in zip(layers, before):
-            layer._kept = old
+        for layer in changed:
+            del layer._kept
+            layer.__dict__.pop("forward", None)
+
+
+def _kept_forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    kept: Any = layer._kept
+    y = None if kept is None or torch.is_grad_enabled() else kept.product((layer,), x)
+    return F.linear(x, layer.weight, layer.bias) if y is None else y
 
 
 class QuantizedLinear(nn.Module):
     """nn.Linear over a quantized (O, I) weight. Its parts are frozen Parameters, named as in QuantizedTensor."""
 
     bias: nn.Parameter | None
+    _kept: _Kept | None = None  # see `decoded`
 
     def __init__(self, q: QuantizedTensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -113,7 +145,6 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", bias)
         self._layout = (q.format, q.shape, q.dtype, q.block_size)
         self._part_names = tuple(q.parts())
-        self._kept: _Kept | None = None  # see `decoded`
         self._made: QuantizedTensor | None = None
         self._made_from: list[nn.Parameter | None] = []
 
@@ -127,7 +158,7 @@ class QuantizedLinear(nn.Module):
         return self._made
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._kept is not None and not torch.is_grad_enabled() and (y := self._kept.product(self, x)) is not None:
+        if self._kept is not None and not torch.is_grad_enabled() and (y := self._kept.product((self,), x)) is not None:
             return y
         return linear(x, self.quantized, self._parameters["bias"])
 

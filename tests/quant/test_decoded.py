@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank.adapter import project
+from lowrank.quant import linear as linear_module
 from lowrank.quant import packed as packed_module
 from lowrank.quant.linear import QuantizedLinear, decoded, quantize_model
 from lowrank.quant.packed import packable, packed_product_works
@@ -106,3 +108,44 @@ def test_without_the_private_operator_int4_is_kept_dense(monkeypatch: pytest.Mon
     want = m(x)
     with decoded(m), torch.no_grad():
         assert torch.equal(m(x), want)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bf16_layer_gives_the_same_bits_and_is_itself_again(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 160, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 96, dtype=torch.bfloat16)
+    want = layer(x)
+    with decoded(layer):
+        with torch.no_grad():
+            assert torch.equal(layer(x), want) and torch.equal(layer(x[:, 0]), want[:, 0])
+            layer.weight.mul_(2)  # noticed, though it is the same parameter
+            doubled = layer(x)
+        other = copy.deepcopy(layer)
+        layer(x).sum().backward()  # gradients take the plain way
+    assert layer.weight.grad is not None and "forward" not in layer.__dict__ and "_kept" not in layer.__dict__
+    assert torch.equal(doubled, layer(x)) and torch.equal(doubled, other(x)) and not torch.equal(doubled, want)
+
+
+@pytest.mark.parametrize("format", [None, "nf4-dq", "int4-affine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_share_an_input_work_as_one(format: str | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    m = nn.ModuleList(nn.Linear(64, out) for out in (128, 32, 32)).to(dtype)
+    if format:
+        quantize_model(m, format)
+    for rows in (1, 12):
+        x = torch.randn(1, rows, 64, dtype=dtype)
+        with torch.no_grad(), decoded(m):
+            alone = [layer(x) for layer in m]
+            together = project(x, *m)
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+        if not (format == "int4-affine" and dtype == torch.bfloat16 and rows == 1):
+            assert all(torch.equal(layer(x), b) for layer, b in zip(m, together, strict=True))
+
+
+def test_without_oneDNNs_order_a_bf16_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "ordered_product_works", lambda: False)
+    layer = nn.Linear(64, 32, dtype=torch.bfloat16)
+    with decoded(layer):
+        assert "forward" not in layer.__dict__
