@@ -63,7 +63,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _turned(grads[0], *ctx.saved_tensors, *ctx.how, sign=-1.0), None, None, None, None
+        return _turned(grads[0], *ctx.saved_tensors, *ctx.how, -1.0), None, None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kernel: bool, sign: float = 1.0) -> Tensor:

@@ -34,7 +34,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if target.any():
         h = x[target]  # (N, D)
         if weight is not None:
-            losses.append(linear_cross_entropy(h, weight, labels[target]))
+            losses.append(linear_cross_entropy(h, weight, labels[target], model.config.final_softcap))  # type: ignore[union-attr, arg-type]
         else:
             losses.append(F.cross_entropy(model.head(h).float(), labels[target], reduction="sum"))  # type: ignore[operator]
     if "kl_mask" in batch:
@@ -49,7 +49,7 @@ def _kl(model: nn.Module, x: Tensor, kl_mask: Tensor, teacher: Tensor, weight: T
     keep = kl_mask.nonzero()[:, 1] < kl_mask.sum(1)[kl_mask.nonzero()[:, 0]] - 1
     h, t = x[kl_mask[:, 1:]], teacher[keep]
     if weight is not None:
-        return linear_kl(h, t.to(h.dtype), weight)
+        return linear_kl(h, t.to(h.dtype), weight, model.config.final_softcap)  # type: ignore[union-attr, arg-type]
     log_p = model.head(h).float().log_softmax(-1)  # type: ignore[operator]
     log_t = model.head(t.to(h.dtype)).float().log_softmax(-1)  # type: ignore[operator]
     return F.kl_div(log_p, log_t, reduction="sum", log_target=True)
