@@ -77,7 +77,7 @@ class Sizes:
     """Share of the plain training questions that call the subject by an alias."""
 
     paraphrases_per_fact: int = 1
-    """Held-out wordings of each fact in the test (validation asks one in three facts)."""
+    """Held-out wordings of each fact, in validation and in the test."""
 
     held_unanswerable: int = 60
     """Unanswerable questions of the test; validation has half as many."""
@@ -274,9 +274,8 @@ class _Writer:
         self, split: str, facts: list[Fact], names: list[str], general: list[Record]
     ) -> dict[str, list[Record]]:
         """The parts of validation or test. Answerable questions are the paraphrases again, asked of the abstention."""
-        asked = self.knowledge.facts[::3] if split == "validation" else self.knowledge.facts
         paraphrase = []
-        for fact in asked:
+        for fact in self.knowledge.facts:
             wordings = self.templates.relations[fact.relation].questions[split]
             order = self.rng(f"paraphrase/{split}/{fact.subject}/{fact.relation}").sample(
                 range(len(wordings)), len(wordings)
