@@ -116,6 +116,11 @@ def launches(function: str, **tensors: Tensor | None) -> bool:
     return True
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether tl.dot reaches tensor cores here. Triton has given up those of sm_75; products go through torch there."""
+    return not x.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 where it is that already: a definition in fp64 is what tests compare with."""
     return x if x.dtype == torch.float64 else x.float()
