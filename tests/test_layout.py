@@ -1,6 +1,8 @@
 """The layout's promises: every module imports, public names stay public, nothing needs the links, no import cycles."""
 
 import ast
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -141,3 +143,48 @@ def test_imports_have_no_cycle() -> None:
     for name in graph:
         if name != "lowrank":
             visit(name, ())
+
+
+# function -> its first parameters; other people's scripts call them by position and by name
+SIGNATURES = {
+    "lowrank.load": "source quantize dtype device",
+    "lowrank.attach": "model config targets exclude train_also name",
+    "lowrank.detach": "model name",
+    "lowrank.activate": "model choice layers",
+    "lowrank.rows": "model choices",
+    "lowrank.merge": "model name to force",
+    "lowrank.unmerge": "model",
+    "lowrank.save_adapter": "model folder name format",
+    "lowrank.load_adapter": "model folder name trainable",
+    "lowrank.combine": "model weights method name options",
+    "lowrank.train": "config",
+    "lowrank.evaluate": "config_or_run",
+    "lowrank.generate": "model tokenizer prompt_or_messages max_new_tokens temperature",
+    "lowrank.training.loop.fit": "model batches config",
+    "lowrank.models.tokenizer.load_tokenizer": "path",
+    "lowrank.adapter.register": "name",
+    "lowrank.adapter.dense_weight": "layer",
+    "lowrank.quant.nf4.quantize": "w block_size",
+    "lowrank.quant.nf4.dequantize": "packed absmax shape dtype block_size",
+    "lowrank.quant.tensor.QuantizedTensor.quantize": "w format block_size double_quant",
+    "lowrank.quant.tensor.QuantizedTensor.dequantize": "self dtype",
+    "lowrank.quant.tensor.QuantizedTensor.state_dict": "self prefix",
+    "lowrank.quant.tensor.QuantizedTensor.from_state_dict": "state prefix",
+    "lowrank.quant.bounds.elementwise": "q dtype",
+    "lowrank.quant.bounds.matmul": "q x",
+    "lowrank.quant.linear.QuantizedLinear": "q bias",
+    "lowrank.quant.linear.quantize_model": "model format block_size exclude",
+    "lowrank.quant.linear.linear": "x q bias",
+    "lowrank.kernels.nf4_linear.nf4_linear": "x packed absmax out_features block_size bias",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_parameters_keep_their_names_and_order(name: str) -> None:
+    parts = name.split(".")
+    split = next(i for i in range(len(parts) - 1, 0, -1) if ".".join(parts[:i]) in MODULES)
+    found: object = importlib.import_module(".".join(parts[:split]))
+    for part in parts[split:]:
+        found = getattr(found, part)
+    wanted = SIGNATURES[name].split()
+    assert callable(found) and list(inspect.signature(found).parameters)[: len(wanted)] == wanted
