@@ -106,24 +106,25 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--count", type=int, default=3)
 
     command = add(
-        "merge",
-        _merge,
-        "Say what a merge of a run's adapter would keep, layer by layer; nothing is written.",
+        "merge", _merge, "Merge a run's adapter into the model and write the model; show what survives.",
         "lowrank merge runs/quickstart-001 --to dense",
-    )
+    )  # fmt: skip
     command.add_argument("run_folder", metavar="RUN")
-    command.add_argument("--to", choices=("dense", "nf4"), default="dense")
+    command.add_argument("--to", choices=("dense", "nf4"), default="dense", help="numbers, or bitsandbytes' 4 bits")
     command.add_argument("--force", action="store_true", help="merge even where little of the update survives")
+    command.add_argument("--out", metavar="FOLDER", help="a new folder (default: RUN/merged-dense or RUN/merged-nf4)")
 
     command = add(
-        "export",
-        _export,
-        "Write a run's adapter for other tools.",
-        "lowrank export runs/quickstart-001 --format peft --to my-peft",
-    )
-    command.add_argument("run_folder", metavar="RUN")
-    command.add_argument("--format", choices=("peft",), default="peft", help="peft: a folder that PEFT and vLLM load")
-    command.add_argument("--to", metavar="FOLDER", help="where to (default: RUN/export-FORMAT)")
+        "export", _export, "Write a run's adapter, or the merged model, for other tools (docs/serve.md).",
+        "lowrank export runs/quickstart-001 --format gguf --type Q8_0",
+    )  # fmt: skip
+    command.add_argument("run_folder", metavar="RUN", help="a run's folder; for hf and gguf also a model")
+    command.add_argument(
+        "--format", choices=("peft", "hf", "gguf"), default="peft",
+        help="peft: the adapter for PEFT and vLLM; hf: the merged model for transformers and vLLM; gguf: for llama.cpp",
+    )  # fmt: skip
+    command.add_argument("--type", choices=("F16", "Q8_0"), default="F16", help="how a GGUF file stores its weights")
+    command.add_argument("--to", metavar="PATH", help="a new folder or .gguf file (default: RUN/export-FORMAT)")
 
     command = add(
         "adapters", _adapters, "List the adapter methods, or prove one.",
@@ -219,27 +220,58 @@ def _data(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     from lowrank.merging import merge
+    from lowrank.models.export import export_hf, own_generation
+    from lowrank.training.contract import as_served, contract, warn_of_differences
     from lowrank.training.reopen import reopen
 
-    model, _ = reopen(args.run_folder)
+    out = _new(args.out or f"{args.run_folder}/merged-{args.to}")
+    model: Any
+    model, tokenizer = reopen(args.run_folder)
     report = merge(model, "default", to=args.to, force=args.force)
     for path, share in sorted(report.survival.items(), key=lambda item: item[1]):
         print(f"{share:8.2%}  {path}")
     print(report)
+    warn_of_differences(args.run_folder, **as_served(own_generation(model.origin.path)))
+    export_hf(model, tokenizer, out, quantized=args.to == "nf4", generation=contract(args.run_folder) or None)
+    print(f"wrote {out}")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
+    from lowrank.adapter import adapter_names
+    from lowrank.chat import open_model
+    from lowrank.files import staged
+    from lowrank.merging import merge
+    from lowrank.models.export import export_hf
+    from lowrank.models.export_gguf import export_gguf
     from lowrank.store import save_adapter
-    from lowrank.training.reopen import reopen
+    from lowrank.training.contract import contract
 
-    folder = args.to or f"{args.run_folder}/export-{args.format}"
-    if Path(folder).is_dir() and any(Path(folder).iterdir()):
-        raise ConfigError(f"{folder} is not empty: choose another folder with --to")
-    model, _ = reopen(args.run_folder)
-    save_adapter(model, folder, "default", format=args.format)
-    print(f"wrote {folder}")
+    is_run = (Path(args.run_folder) / "config.yaml").is_file()
+    if not is_run and (args.format == "peft" or args.to is None):
+        raise ConfigError(
+            f"{args.run_folder} holds no run: it has no adapter for --format peft, and --to has to say where"
+        )
+    suffix = f"-{args.type}.gguf" if args.format == "gguf" else ""
+    out = _new(args.to or f"{args.run_folder}/export-{args.format}{suffix}")
+    model, tokenizer = open_model(args.run_folder)
+    if args.format == "peft":
+        with staged(out) as folder:
+            save_adapter(model, folder, "default", format="peft")
+    elif adapter_names(model):
+        print(merge(model, "default"))
+    if args.format == "hf":
+        export_hf(model, tokenizer, out, generation=contract(args.run_folder) or None)
+    for note in export_gguf(model, tokenizer, out, args.type) if args.format == "gguf" else ():
+        print(f"warning: {note}", file=sys.stderr)
+    print(f"wrote {out}")
     return 0
+
+
+def _new(path: str) -> Path:
+    if Path(path).exists():
+        raise ConfigError(f"{path} exists already: choose another place, or remove it first")
+    return Path(path)
 
 
 def _adapters(args: argparse.Namespace) -> int:

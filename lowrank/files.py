@@ -7,7 +7,9 @@ that a crash leaves the old file or the new one and never a half.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,31 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def staged(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write a new file or folder under; it becomes `path` when the block ends well.
+
+    FileExistsError where `path` is there already: nothing is ever written over.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another place, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")]:
+            if file.is_file():
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+        os.rename(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
@@ -106,3 +133,11 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except SafetensorError as error:
         raise FileFormatError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def cache_folder() -> Path:
+    """Where fetched models and what was measured on this machine lie: LOWRANK_CACHE, else the user's cache folder."""
+    named = os.environ.get("LOWRANK_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowrank"

@@ -501,12 +501,68 @@ def config_from_gguf(
         raise ConfigError(f"{where} has no tensor token_embd.weight of two dimensions: it is no complete model")
     raw["vocab_size"] = tensors["token_embd.weight"][0]
     raw["tie_word_embeddings"] = "output.weight" not in tensors
-    raw["attention_bias"] = "blk.0.attn_output.bias" in tensors
+    raw["attention_bias"], raw["mlp_bias"] = "blk.0.attn_output.bias" in tensors, "blk.0.ffn_up.bias" in tensors
     raw["qkv_bias"] = "blk.0.attn_q.bias" in tensors
     for ours, theirs in {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}.items():
         raw[ours] = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
     config = _read(FAMILIES[str(architecture)], {k: v for k, v in raw.items() if v is not None}, where)
     return replace(config, attn_scale=gguf_scale(config))
+
+
+def config_to_json(c: ModelConfig) -> dict[str, Any]:
+    """config.json of a model that came without one. ValueError where the family's own spelling cannot say it."""
+    family = family_of(c)
+    raw: dict[str, Any] = {json: getattr(c, ours) for ours, json, _ in _KEYS if ours}
+    raw |= {
+        "model_type": family.model_type or c.family,
+        "architectures": [f"{c.family.capitalize()}ForCausalLM"],
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tied,
+        "hidden_act": (activation := next(k for k, v in _ACTIVATIONS.items() if v == c.activation)),
+        "hidden_activation": "gelu_pytorch_tanh" if activation == "gelu_new" else activation,
+        "attention_bias": c.out_bias,
+        "mlp_bias": c.mlp_bias,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids),
+        "pad_token_id": c.pad_id,
+        "sliding_window": (window := next(filter(None, c.windows), None)),
+    }
+    if c.attn_scale is not None:
+        raw["query_pre_attn_scalar"] = round(c.attn_scale**-2, 6)
+    if window is not None:
+        types = ["full_attention" if w is None else "sliding_attention" for w in c.windows]
+        raw |= {"layer_types": types, "use_sliding_window": True}
+    if c.rope is not None:
+        raw |= {"rope_theta": c.rope.theta, "rope_scaling": None}
+        if c.rope.kind != "default":
+            raw["rope_scaling"] = {"rope_type": c.rope.kind, **dict(c.rope.options)}
+    if c.rope_local is not None:
+        raw["rope_local_base_freq"] = c.rope_local.theta
+    if config_from_json(raw) != c:
+        raise ValueError(f"a config.json of family {c.family!r} cannot say all of {c}")
+    return raw
+
+
+def gguf_metadata(c: ModelConfig) -> dict[str, Any]:
+    """What a GGUF file's metadata say of the model; `config_from_gguf` reads it back."""
+    family = family_of(c)
+    if not family.gguf or c.rope is None:
+        known = ", ".join(name for name, f in FAMILIES.items() if f.gguf)
+        raise ValueError(f"a GGUF file is written for {known}; for family {c.family!r} export a Hugging Face folder")
+    found = {theirs: getattr(c, ours) for ours, _, theirs in _KEYS if ours}
+    found |= {
+        "attention.value_length": c.head_dim,
+        "rope.dimension_count": c.rope.dim,
+        "rope.freq_base": c.rope.theta,
+        "attention.sliding_window": next(filter(None, c.windows), None),
+        "vocab_size": c.vocab_size,
+    }
+    if c.rope.kind in ("linear", "yarn"):
+        options = dict(c.rope.options)
+        found |= {"rope.scaling.type": c.rope.kind, "rope.scaling.factor": float(options["factor"])}
+        found["rope.scaling.original_context_length"] = options.get("original_max_position_embeddings")
+    named = {f"{family.gguf}.{key}": value for key, value in found.items() if value is not None}
+    return {"general.architecture": family.gguf, **named}
 
 
 def gguf_scale(config: ModelConfig) -> float | None:

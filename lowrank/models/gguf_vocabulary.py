@@ -17,7 +17,7 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 _LLAMA3_WORDS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = {  # tokenizer.ggml.pre -> (digits stand alone first, the words' pattern)
+RULES = {  # tokenizer.ggml.pre -> (digits stand alone first, the words' pattern)
     "smollm": (True, _GPT2_WORDS),
     "starcoder": (True, _GPT2_WORDS),
     "gpt-2": (False, _GPT2_WORDS),
@@ -66,9 +66,9 @@ def build(metadata: dict[str, Any], where: str) -> tokenizers.Tokenizer:
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int], where: str) -> tokenizers.Tokenizer:
     rule = metadata.get("tokenizer.ggml.pre", "default")
-    if rule not in _WORDS:
-        raise unknown(f"pre-tokenizer in {where}:", rule, _WORDS)
-    digits, words = _WORDS[rule]
+    if rule not in RULES:
+        raise unknown(f"pre-tokenizer in {where}:", rule, RULES)
+    digits, words = RULES[rule]
     merges = [tuple(merge.split(" ", 1)) for merge in _list(metadata, "merges", str, where)]
     if any(len(pair) != 2 for pair in merges):
         raise FileFormatError(f"{where}: a merge must be two tokens with a space between them")

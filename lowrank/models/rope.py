@@ -6,6 +6,7 @@ Angles and tables are fp32 whatever the model's dtype: bf16 cannot count positio
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ def frequencies(rope: Rope, length: int, device: torch.device) -> tuple[Tensor, 
     elif rope.kind == "longrope":
         inverse, scale = _longrope(rope, inverse, options, length)
     return inverse, scale
+
+
+def divisors(rope: Rope) -> Tensor:
+    """What its stretching divides each plain frequency by.  (dim / 2,)"""
+    plain = replace(rope, kind="default", options=())
+    stretched, unstretched = (frequencies(r, 1, torch.device("cpu"))[0] for r in (rope, plain))
+    return unstretched / stretched
 
 
 def _llama3(inverse: Tensor, options: dict[str, Any]) -> Tensor:

@@ -36,6 +36,13 @@ def contract(folder: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def as_served(generation: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's generation_config.json in our words: what servers take where a request says nothing."""
+    if not generation.get("do_sample"):
+        generation = {key: value for key, value in generation.items() if key == "repetition_penalty"}
+    return {key: generation[key] for key in GREEDY if generation.get(key) is not None and key != "max_new_tokens"}
+
+
 def differences(trained: dict[str, Any], used: dict[str, Any]) -> list[str]:
     """One line for each setting that is used otherwise than in training. More room for an answer is no difference."""
     lines = []
