@@ -8,6 +8,8 @@ each argument of the kernel with its type ("*bf16": a pointer, taken as 16-byte 
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowrank.kernels.nf4_linear import TILES
+
 SM75, SM80, SM86, SM89, SM90, SM120, GFX1100 = "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx1100"
 AMPERE = (SM80, SM86, SM89, SM90, SM120)  # with bf16 tensor cores
 NVIDIA = (SM75, *AMPERE)
@@ -63,6 +65,28 @@ for scales, nested in ((SCALES, False), (NESTED_SCALES, True)):
         wide="stores",  # 4 bytes read for 16 or more written: a warp reads 128 bytes side by side
         options={"enable_fp_fusion": False},
     )
+for scales, nested in ((SCALES, False), (NESTED_SCALES, True)):
+    named = ", nested scales" * nested
+    ENTRIES += fp(
+        "nf4 gemv" + named,
+        "nf4_linear:_gemv",
+        f"x_ptr: *T, words_ptr: *i32, {scales}, code_ptr: *fp32, bias_ptr: *T, y_ptr: *T, O: i32:16, I: i32:16",
+        {"G": 64, "C": 64, "NESTED": nested, "BIAS": False, "ROWS": 4, "CHUNKS": 16},
+        weights=4 * 1024,
+    )
+    for rows, (outputs, unroll, stages) in TILES.items():
+        halves = fp(
+            f"nf4 tile {outputs}x{rows}" + named,
+            "nf4_linear:_tile",
+            f"x_ptr: *T, words_ptr: *i32, {scales}, pairs_ptr: *i32, bias_ptr: *T, y_ptr: *fp32,"
+            " M: i32, O: i32:16, I: i32:16, per_split: i32:16",
+            {"G": 64, "NESTED": nested, "BIAS": False, "PRMT": True}
+            | {"BO": outputs, "BM": rows, "UNROLL": unroll, "STAGES": stages},
+            targets=AMPERE,
+            weights=outputs * 64 * unroll,
+            tensor_cores=True,
+        )
+        ENTRIES += [entry for entry in halves if "fp32" not in entry.name]
 ENTRIES += fp(
     "nf4 quantize",
     "nf4_codec:_quantize",

