@@ -1,4 +1,4 @@
-"""What each kernel compiles to, with no GPU: python -m bench.aot [--check] [--only NAME] [--targets sm_89,sm_90]
+"""What each kernel compiles to, with no GPU: python -m bench.aot [--check] [--only NAME] [--targets sm_89]
 
 For each entry of `bench.kernel_list` and each target: registers, spilled bytes, shared memory against the target's
 limit, 128-bit loads, tensor-core instructions, and instructions per decoded weight in the main loop. Triton compiles to
@@ -155,7 +155,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="entries whose name holds this text")
     parser.add_argument("--targets", default="", help="comma-separated, e.g. sm_89,sm_90")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--list", action="store_true", help="print the kernels in the list, and compile nothing")
     options = parser.parse_args()
+    if options.list:
+        print("\n".join(sorted({entry.kernel for entry in ENTRIES})))
+        return
     chosen = [t for t in options.targets.split(",") if t]
     jobs = [(e, t) for e in ENTRIES if options.only in e.name for t in e.targets if not chosen or t in chosen]
     if not jobs:

@@ -156,7 +156,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", metavar="FOLDER", default="domain", help="where the records go (default: domain)")
     command.add_argument("--seed", type=int, default=0)
 
-    command = add("doctor", _doctor, "Versions, devices, and what will be used.", "lowrank doctor")
+    command = add("doctor", _doctor, "Versions, devices, and what will be used.", "lowrank doctor quickstart")
+    command.add_argument("model", nargs="?", help="quickstart, a folder or a .gguf: what its layers run as, in NF4")
     return top
 
 
@@ -317,7 +318,7 @@ def _domain(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from lowrank.doctor import report
 
-    print(report())
+    print(report(args.model))
     return 0
 
 

@@ -3,17 +3,21 @@
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from lowrank.files import cache_folder
-from lowrank.kernels.dispatch import mode
+from lowrank.kernels import dispatch, nf4_linear
+from lowrank.models.checkpoint import open_checkpoint
+from lowrank.models.fetch import quickstart
+from lowrank.models.load import quantizable, skeleton
 from lowrank.training.run import versions
 
 
-def report() -> str:
-    """The page as text."""
+def report(model: str | None = None) -> str:
+    """The page as text; with a model's path, also what its layers will run as, once quantized."""
     rows: list[tuple[str, str]] = list(versions().items())
     rows.append(
         (
@@ -34,6 +38,7 @@ def report() -> str:
             "matplotlib found" if _found("matplotlib") else 'matplotlib is missing: pip install "lowrank-engine[eval]"',
         )
     )
+    rows += _layers(model) if model else []
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -57,10 +62,22 @@ def _gpus() -> str:
 
 
 def _kernels() -> str:
-    if not _found("triton"):
+    if not dispatch.INSTALLED:
         return "plain PyTorch: Triton is not installed"
-    chosen = {"ref": "plain PyTorch", "triton": "Triton", "auto": "Triton on a GPU, plain PyTorch on a CPU"}[mode()]
-    return f"LOWRANK_KERNELS={mode()}: {chosen}"
+    if not torch.cuda.is_available() and dispatch.mode() == "auto":
+        return "plain PyTorch, since there is no GPU (LOWRANK_KERNELS=auto)"
+    return dispatch.describe()["kernels"]
+
+
+def _layers(model: str) -> list[tuple[str, str]]:
+    """One line for each shape of a linear layer: how many there are, and how they run in NF4."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = skeleton(open_checkpoint(quickstart() if model == "quickstart" else Path(model)).config)
+    shapes = Counter(m.weight.shape for path, m in built.named_modules() if quantizable(m, path, built))
+    lines = [("layers in NF4", f"{device}, bfloat16; M is the number of tokens in a call")]
+    for (O, I), count in shapes.items():
+        lines.append((f"  {count} x {O} x {I}", nf4_linear.describe(I, torch.bfloat16, device)))
+    return lines
 
 
 def _found(name: str) -> bool:

@@ -14,7 +14,6 @@ The first two need I to be a multiple of a block's first 64 values, since there 
 any shape. Scales are absmax itself or doubly quantized (`nf4_codec.Scales`).
 """
 
-import json
 from functools import cache
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.files import cache_folder
+from lowrank.files import cache_folder, read_json
 from lowrank.kernels.dispatch import dot, launches, store, tl, triton
 from lowrank.kernels.nf4_codec import (
     NF4,
@@ -60,11 +59,12 @@ def absmax_of(scales: Scales) -> Tensor:
 
 @triton.jit
 def _gemv(
-    x_ptr, words_ptr, scale_ptr, nested_ptr, offset_ptr, levels_ptr, code_ptr, bias_ptr, y_ptr, O, I,
+    x_ptr, words_ptr, scale_ptr, nested_ptr, offset_ptr, levels_ptr, code_ptr, bias_ptr, y_ptr, O, N,
     G: tl.constexpr, C: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS outputs of one row of x. C = min(G, 64) weights of one scale; W: (ROWS, CHUNKS, C/8, 8)."""
+    """A program: ROWS outputs of one row of x. I = N C, C = min(G, 64) weights of one scale: (ROWS, CHUNKS, C/8, 8)."""
+    I = N * C  # so that Triton knows what divides it, and loads 128 bits at a time
     o = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     x_ptr += tl.program_id(1).to(tl.int64) * I
     chunk = tl.arange(0, CHUNKS)
@@ -72,8 +72,8 @@ def _gemv(
     e = tl.arange(0, 8)
     acc = tl.zeros((ROWS, CHUNKS, C // 8), tl.float32)
     for k in range(0, I, CHUNKS * C):
-        inside = k // 8 + word < I // 8
-        at = (o * (I // 8) + k // 8)[:, None, None] + word[None]
+        inside = k // 8 + word < N * (C // 8)
+        at = (o * (N * (C // 8)) + k // 8)[:, None, None] + word[None]
         words = tl.load(words_ptr + at, mask=(o < O)[:, None, None] & inside[None], other=0)
         x = tl.load(x_ptr + k + word[:, :, None] * 8 + e[None, None, :], mask=inside[:, :, None], other=0.0)
         first = k + chunk * C
@@ -142,30 +142,30 @@ def _part(acc, p, x_ptr, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _tile(
-    x_ptr, words_ptr, scale_ptr, nested_ptr, offset_ptr, levels_ptr, pairs_ptr, bias_ptr, y_ptr, M, O, I, per_split,
+    x_ptr, words_ptr, scale_ptr, nested_ptr, offset_ptr, levels_ptr, pairs_ptr, bias_ptr, y_ptr, M, O, N, steps,
     G: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, PRMT: tl.constexpr,
-    BO: tl.constexpr, BM: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    BO: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: yᵀ (BO, BM) over `per_split` inputs. W is on the left, so that no decoding is done twice."""
+    """A program: yᵀ (BO, BM) over `steps` times 64 inputs, I = 64 N. W is on the left: no decoding is done twice."""
+    I = N * 64
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     o = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
     m = tl.program_id(2).to(tl.int64) * BM + tl.arange(0, BM)
     i = tl.arange(0, 16)
-    words_ptr += (o * (I // 8))[:, None] + tl.arange(0, 8)[None, :]
+    words_ptr += (o * (N * 8))[:, None] + tl.arange(0, 8)[None, :]
     x_ptr += (m * I)[None, :] + (8 * (i // 2) + i % 2)[:, None]  # a sum has no order: x is read in the codes' order
-    start = tl.program_id(1) * per_split
+    start = tl.program_id(1) * steps
     acc = tl.zeros((BO, BM), tl.float32)
-    for step in tl.range(start, start + per_split, 64 * UNROLL, num_stages=STAGES):
-        for u in tl.static_range(UNROLL):
-            k = step + 64 * u
-            words = tl.load(words_ptr + k // 8, mask=(o < O)[:, None] & (k < I), other=0)
-            block = (o * I + k) // G
-            scale = block_scale(scale_ptr, nested_ptr, offset_ptr, levels_ptr, block, (o < O) & (k < I), NESTED)
-            p = _decode(words, pairs_ptr, dtype, PRMT)
-            part = tl.zeros((BO, BM), tl.float32)
-            for j in tl.static_range(4):
-                part = _part(part, p[j], x_ptr + k + 2 * j, (m < M)[None, :] & (k < I), dtype)
-            acc += part * scale[:, None]
+    for step in tl.range(start, start + steps, num_stages=STAGES):
+        k = step * 64
+        words = tl.load(words_ptr + k // 8, mask=(o < O)[:, None] & (k < I), other=0)
+        block = (o * I + k) // G
+        scale = block_scale(scale_ptr, nested_ptr, offset_ptr, levels_ptr, block, (o < O) & (k < I), NESTED)
+        p = _decode(words, pairs_ptr, dtype, PRMT)
+        part = tl.zeros((BO, BM), tl.float32)
+        for j in tl.static_range(4):
+            part = _part(part, p[j], x_ptr + k + 2 * j, (m < M)[None, :] & (k < I), dtype)
+        acc += part * scale[:, None]
     if BIAS:
         acc += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
     y_ptr += (tl.program_id(1) * M).to(tl.int64) * O
@@ -192,7 +192,7 @@ def gemv(
     y = torch.empty(M, out_features, dtype=x.dtype, device=x.device)
     _gemv[(triton.cdiv(out_features, 4), M)](
         x, as_words(packed), *scale_arguments(scales), constants(x.device)[0], y if bias is None else bias, y,
-        out_features, I, block_size, C, len(scales) == 4, bias is not None, 4, 1024 // C,
+        out_features, I // C, block_size, C, len(scales) == 4, bias is not None, 4, 1024 // C,
     )  # fmt: skip
     return y
 
@@ -209,17 +209,16 @@ def tile(
     """(M, I) contiguous, fp16 or bf16 -> (M, O). `splits` of I: 0 means as many as fill the device."""
     M, I = x.shape
     BM = 16 if M <= 16 else 32 if M <= 32 else 64
-    BO, UNROLL, STAGES = TILES[BM]
+    BO, warps, stages = TILES[BM]
     grid = triton.cdiv(out_features, BO), triton.cdiv(M, BM)
-    longest = triton.cdiv(I, 64 * UNROLL)  # steps
-    splits = min(splits or max(1, 4 * processors(x.device) // (grid[0] * grid[1])), max(1, longest // 4), 16)
-    per_split = triton.cdiv(longest, splits) * 64 * UNROLL
+    steps = I // 64
+    splits = min(splits or max(1, 4 * processors(x.device) // (grid[0] * grid[1])), max(1, steps // 4), 16)
     y = torch.empty(M, out_features, dtype=x.dtype, device=x.device)
     parts = y if splits == 1 else torch.empty(splits, M, out_features, device=x.device)
     _tile[(grid[0], splits, grid[1])](
         x, as_words(packed), *scale_arguments(scales), pairs(x.dtype, x.device), y if bias is None else bias, parts,
-        M, out_features, I, per_split, block_size, len(scales) == 4, bias is not None and splits == 1,
-        x.is_cuda and torch.version.hip is None, BO, BM, UNROLL, STAGES, num_warps=4,
+        M, out_features, steps, triton.cdiv(steps, splits), block_size, len(scales) == 4,
+        bias is not None and splits == 1, x.is_cuda and torch.version.hip is None, BO, BM, stages, num_warps=warps,
     )  # fmt: skip
     if splits > 1:
         _add_splits[(triton.cdiv(y.numel(), 1024),)](
@@ -228,7 +227,8 @@ def tile(
     return y
 
 
-TILES = {16: (128, 2, 3), 32: (128, 1, 3), 64: (64, 1, 3)}  # rows of x: (outputs, blocks a step, stages); see bench.aot
+# Rows of x: (outputs, warps, stages). Chosen from compiled code: no spills, fewest instructions a weight (bench.aot).
+TILES = {16: (128, 4, 4), 32: (128, 8, 3), 64: (128, 8, 3)}
 
 
 @cache
@@ -249,13 +249,35 @@ def limits(device: torch.device) -> dict[str, int]:
     """The largest M of `gemv` and of `tile` on a device: measured there, else a default. M above both is `dense`."""
     if device.type != "cuda":
         return LIMITS["default"]
+    measured = _measured(torch.cuda.get_device_name(device))
+    old = torch.cuda.get_device_capability(device) < (8, 0)
+    return measured or LIMITS["gfx" if torch.version.hip else "sm_75" if old else "default"]
+
+
+def _measured(name: str) -> dict[str, int] | None:
+    """What `bench.bench_kernels` found on a device of this name; None where it has not run."""
     file = cache_folder() / MEASURED
-    measured = json.loads(file.read_text()) if file.is_file() else {}
-    name = torch.cuda.get_device_name(device)
-    if name in measured:
-        return {way: int(measured[name][way]) for way in ("gemv", "tile")}
-    major, minor = torch.cuda.get_device_capability(device)
-    return LIMITS["gfx" if torch.version.hip else "sm_75" if (major, minor) < (8, 0) else "default"]
+    found = read_json(file).get(name) if file.is_file() else None
+    if found is None:
+        return None
+    if not all(type(found.get(way)) is int for way in ("gemv", "tile")):
+        raise ValueError(
+            f"{file}: {name!r} must give the numbers gemv and tile, got {found}; remove it or measure again"
+        )
+    return {way: found[way] for way in ("gemv", "tile")}
+
+
+def describe(in_features: int, dtype: torch.dtype, device: torch.device, block_size: int = 64) -> str:
+    """For `lowrank doctor`: the way for each M, and where that comes from."""
+    if device.type != "cuda":
+        return "decoded a few megabytes at a time, then torch's product (no GPU)"
+    changes = sorted({1, 9} | {largest + 1 for largest in limits(device).values()})
+    ways = [(M, way(M, in_features, block_size, dtype, device)) for M in changes]
+    parts = [f"M >= {M} {taken}" for i, (M, taken) in enumerate(ways) if i == 0 or taken != ways[i - 1][1]]
+    if in_features % min(block_size, 64):
+        return f"{parts[0]}: rows of {in_features} do not start with a block"
+    known = _measured(torch.cuda.get_device_name(device))
+    return ", ".join(parts) + (" (measured here)" if known else " (not measured here: python -m bench.bench_kernels)")
 
 
 def way(M: int, in_features: int, block_size: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -271,27 +293,21 @@ def way(M: int, in_features: int, block_size: int, dtype: torch.dtype, device: t
 class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        scales: Scales,
-        out_features: int,
-        block_size: int,
-        gpu: bool,
+        ctx: Any, x: Tensor, bias: Tensor | None, out_features: int, block_size: int, gpu: bool, *stored: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(packed, *scales)
+        ctx.save_for_backward(*stored)
         ctx.layout = (out_features, x.shape[-1]), block_size, gpu
-        return _product(x, packed, scales, out_features, block_size, bias, gpu)
+        return _product(x, bias, out_features, block_size, gpu, *stored)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
-        (dy,) = grads
-        packed, *scales = ctx.saved_tensors
-        shape, block_size, gpu = ctx.layout
-        dx = dy @ _weight(packed, tuple(scales), shape, dy.dtype, block_size, gpu) if ctx.needs_input_grad[0] else None
-        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return dx, db, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dy,), (packed, *scales), (shape, block_size, gpu) = grads, ctx.saved_tensors, ctx.layout
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ _weight(packed, tuple(scales), shape, dy.dtype, block_size, gpu)
+        if ctx.needs_input_grad[1]:
+            db = dy.flatten(0, -2).sum(0)
+        return dx, db, *(None,) * (4 + len(scales))
 
 
 def _weight(
@@ -304,16 +320,15 @@ def _weight(
 
 
 def _product(
-    x: Tensor, packed: Tensor, scales: Scales, out_features: int, block_size: int, bias: Tensor | None, gpu: bool
+    x: Tensor, bias: Tensor | None, out_features: int, block_size: int, gpu: bool, packed: Tensor, *scales: Tensor
 ) -> Tensor:
-    rows, I = x.numel() // x.shape[-1] if x.numel() else 0, x.shape[-1]
-    chosen = way(rows, I, block_size, x.dtype, x.device) if gpu else "dense"
+    I = x.shape[-1]
+    chosen = way(x.numel() // I, I, block_size, x.dtype, x.device) if gpu else "dense"
     if chosen == "dense":
         return F.linear(x, _weight(packed, scales, (out_features, I), x.dtype, block_size, gpu), bias)
     with torch.cuda.device_of(x):
-        y = {"gemv": gemv, "tile": tile}[chosen](
-            x.reshape(-1, I).contiguous(), packed, scales, out_features, block_size, bias
-        )
+        run = gemv if chosen == "gemv" else tile
+        y = run(x.reshape(-1, I).contiguous(), packed, scales, out_features, block_size, bias)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -339,5 +354,21 @@ def nf4_linear(
     if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be ({out_features},) of {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}")
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _NF4Linear.apply(x, bias, packed, scales, out_features, block_size, gpu)  # type: ignore[no-untyped-call, no-any-return]
-    return _product(x, packed, scales, out_features, block_size, bias, gpu)
+        return _NF4Linear.apply(x, bias, out_features, block_size, gpu, packed, *scales)  # type: ignore[no-untyped-call, no-any-return]
+    return _product(x, bias, out_features, block_size, gpu, packed, *scales)
+
+
+def nf4_linear_dx(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    in_features: int,
+    block_size: int = 64,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """dx = dy W, for a function that has a backward of its own.  (..., O) -> (..., I)"""
+    scales, shape = (absmax,) if nested is None else (absmax, *nested), (dy.shape[-1], in_features)
+    gpu = launches("nf4_linear_dx", dy=dy, packed=packed, absmax=absmax)
+    check_block_size(block_size)
+    check_packed(packed, scales, shape[0] * shape[1], block_size, dy.device)
+    return dy @ _weight(packed, scales, shape, dy.dtype, block_size, gpu)

@@ -164,6 +164,23 @@ def test_the_way_taken_follows_the_limits(monkeypatch) -> None:
     )
 
 
+def test_what_was_measured_on_a_device_decides_and_doctor_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    gpu = torch.device("cuda", 0)
+    limits = kernel.limits.__wrapped__
+    assert limits(gpu) == kernel.LIMITS["default"]
+    (tmp_path / kernel.MEASURED).write_text('{"Some GPU": {"gemv": 2, "tile": 32}}')
+    assert limits(gpu) == {"gemv": 2, "tile": 32}
+    monkeypatch.setattr(kernel, "limits", limits)
+    assert kernel.describe(4096, torch.bfloat16, gpu) == "M >= 1 gemv, M >= 3 tile, M >= 33 dense (measured here)"
+    assert kernel.describe(39, torch.bfloat16, gpu) == "M >= 1 dense: rows of 39 do not start with a block"
+    (tmp_path / kernel.MEASURED).write_text('{"Some GPU": {"tile": 32}}')
+    with pytest.raises(ValueError, match="must give the numbers gemv and tile"):
+        limits(gpu)
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     packed, absmax = nf4.quantize(torch.randn(8, 64))
     x = torch.randn(2, 64)
