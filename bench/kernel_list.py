@@ -97,6 +97,12 @@ for scales, nested in ((SCALES, False), (NESTED_SCALES, True)):
         )
         ENTRIES += [entry for entry in halves if "fp32" not in entry.name]
 ENTRIES += fp(
+    "nf4 tile, adding splits",
+    "nf4_linear:_add_splits",
+    "parts_ptr: *fp32, bias_ptr: *T, y_ptr: *T, n: i32:16, O: i32:16",
+    {"SPLITS": 4, "BIAS": True, "BLOCK": 1024},
+)
+ENTRIES += fp(
     "nf4 quantize",
     "nf4_codec:_quantize",
     "w_ptr: *T, bounds_ptr: *fp32, packed_ptr: *u8, absmax_ptr: *fp32, n: i64:16",
