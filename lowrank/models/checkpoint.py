@@ -129,9 +129,9 @@ class FolderCheckpoint:
         return sorted(name for name in left if not any(name.startswith(f"{path}.") for path in _parents(name, wanted)))
 
     def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
+        raw = {file: _Raw(file) for file in set(self._stored.values())}
         for name in sorted(self._stored):
-            shape, raw = tuple(self._slice(name).get_shape()), _Raw(self._stored[name])
-            yield name, shape, raw.sample(name)
+            yield name, tuple(self._slice(name).get_shape()), raw[self._stored[name]].sample(name)
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
