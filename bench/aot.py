@@ -45,6 +45,8 @@ def compile_entry(entry: Entry, target: str) -> Any:
     """Triton's own compiled kernel for an entry; arguments in the kernel's order, pointers taken as aligned."""
     file, function = entry.kernel.split(":")
     kernel = getattr(importlib.import_module(f"lowrank.kernels.{file}"), function)
+    while not isinstance(kernel, triton.JITFunction):  # under triton.autotune or triton.heuristics
+        kernel = kernel.fn
     missing = set(kernel.arg_names) ^ (set(entry.arguments) | set(entry.constants))
     if missing:
         raise ValueError(f"{entry.name}: {', '.join(sorted(missing))} must be named in the list and in {entry.kernel}")
