@@ -13,7 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowrank.kernels.nf4_codec import decision_bounds, encode_ref, pack
+from lowrank.kernels.dispatch import FLOATS, use_triton
+from lowrank.kernels.nf4_codec import decision_bounds, dequantize_into, encode_ref, nf4_quantize, pack
 from lowrank.quant.codebooks import codebook
 
 PIECE = 2**20  # values decoded at a time: 4 MB of fp32
@@ -67,6 +68,9 @@ def _pairs(format: str, device: torch.device) -> Tensor:
 def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, block_size: int) -> None:
     """Fill the flat contiguous `out` (n,) of any float dtype; scales (N,) are fp32 or fp16, no longer quantized."""
     numel, device = out.numel(), out.device
+    if format in ("nf4", "fp4") and numel and out.dtype in FLOATS and use_triton(out, codes, scales):
+        dequantize_into(out, codes, (scales,), block_size, codebook(format, device))
+        return
     whole = numel - numel % block_size
     for start in range(0, whole, PIECE):
         end = min(start + PIECE, whole)
@@ -120,6 +124,8 @@ def _cells(format: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 def encode_table(w: Tensor, format: str, block_size: int) -> tuple[Tensor, Tensor]:
     """`encode_ref` for nf4 and fp4: packed codes (⌈n/2⌉,) uint8 and block maxima (N,) fp32 of the flattened tensor."""
+    if format == "nf4" and w.numel() and use_triton(w):
+        return nf4_quantize(w, block_size)
     flat, numel, device = w.reshape(-1), w.numel(), w.device
     packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=device)

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.kernels.dispatch import use_triton
+from lowrank.kernels.nf4_linear import nf4_linear
+from lowrank.quant.codebooks import codebook
 from lowrank.quant.codec import decode_into, workspace
 from lowrank.quant.formats import parse_format
 from lowrank.quant.packed import PACKED_ROWS, ordered_product, ordered_product_works, pack_product, packable
@@ -39,8 +42,17 @@ class _Linear(torch.autograd.Function):
         return dx, dbias, None
 
 
+def _second_level(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What a kernel decodes doubly quantized scales with."""
+    if q.nested_absmax is None or q.nested_offset is None:
+        return None
+    return q.nested_absmax, q.nested_offset, codebook("dynamic8", q.codes.device)
+
+
 def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """y = x Qᵀ + b in the dtype of x, differentiable in x and b.  (..., I), (O, I) -> (..., O)"""
+    if q.format == "nf4" and use_triton(x, q.codes):
+        return nf4_linear(x, q.codes, q.scales, q.shape[0], q.block_size, bias, _second_level(q))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, q)
     return F.linear(x, dense(q, x.dtype), bias)
@@ -77,6 +89,8 @@ class _Kept:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         alike = len(qs) in (0, len(layers)) and len(biases) in (0, len(layers))
         if not alike or any(layer.__dict__.get("_kept") is not self for layer in layers):  # an adapter's layer, for one
+            return None
+        if any(q.format == "nf4" and use_triton(x, q.codes) for q in qs):  # reading 4 bits is faster than a dense copy
             return None
         packed = few and len({(q.format, q.block_size) for q in qs}) == 1 and all(packable(q, x) for q in qs)
         ordered = not packed and x.dtype == torch.bfloat16 and x.device.type == "cpu" and ordered_product_works()
