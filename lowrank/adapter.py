@@ -107,6 +107,11 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
+    def projected(cls, adapters: "list[Any]", x: Tensor, bases: list[nn.Module]) -> tuple[Tensor, ...] | None:
+        """`fused` of layers that share their input, where gradients are taken; None: then each layer runs by itself."""
+        return None
+
+    @classmethod
     def grouped(cls, rows: list[Row], dtype: torch.dtype) -> Sum | None:
         """`forward` of batches whose row i has the adapter and weight rows[i] (None: the base alone) and this dtype.
 
@@ -246,11 +251,29 @@ class Slot(nn.Module):
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Several layers on one input (q, k, v; gate, up), at once while their weights are kept (quant.linear.decoded)."""
+    """Several layers on one input (q, k, v; gate, up), at once where weights are kept (`decoded`) or adapters can."""
     kept = layers[0].__dict__.get("_kept")
     if kept is not None and not torch.is_grad_enabled() and (y := kept.product(layers, x)) is not None:
         return y.split([layer.out_features for layer in layers], dim=-1)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (together := _together(x, layers)) is not None:
+        return together
     return tuple(layer(x) for layer in layers)
+
+
+def _together(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...] | None:
+    """`projected` of the method that acts alone, with weight 1, on each of these layers; None where that is not so."""
+    adapters: list[Adapter] = []
+    for layer in layers:
+        if not isinstance(layer, AdaptedLinear) or layer.unmerged or layer.selection.now.rows or layer._forward_hooks:
+            return None
+        acting = layer.acting(layer.active)
+        if len(acting) != 1 or acting[0][2] != 1.0 or acting[0][0] in layer.edited:
+            return None
+        adapters.append(acting[0][1])
+    method = type(adapters[0])
+    if any(type(adapter) is not method for adapter in adapters) or not method.may("projected"):
+        return None
+    return method.projected(adapters, x, [layer.base for layer in layers])  # type: ignore[misc]
 
 
 def features(layer: nn.Module) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import dense_weight, register
+from lowrank.kernels.row_norm import row_norm
 from lowrank.methods.lora import LoRA, LoRAConfig
 
 
@@ -43,6 +44,8 @@ class DoRA(LoRA):
     @torch.no_grad()
     def norm(self, base: nn.Module) -> Tensor:
         """|V| of each row, without V.  -> (O,)"""
+        if type(base) is nn.Linear:
+            return row_norm(base.weight, self.lora_A, self.lora_B, self.scaling, self.squares)
         A, B, bias = self.lora_A, self.lora_B, getattr(base, "bias", None)
         weight = getattr(base, "weight", None)
         wa = base(A if weight is None else A.to(weight.dtype)).T  # (O, R): the base is a function that multiplies by Wᵀ

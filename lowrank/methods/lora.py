@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowrank.adapter import Adapter, features, linear, register
 from lowrank.by_row import Row, Sum
 from lowrank.kernels.lora_grouped import lora_grouped
+from lowrank.kernels.lora_linear import Weight, lora_linear
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ def by_pattern(patterns: Mapping[str, V], path: str, default: V) -> V:
     return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
 
 
+def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Weight | None:
+    """The (O, I) weight as `lora_linear` takes it; None where calling the base does more than multiply by it."""
+    if base._forward_hooks or base._forward_pre_hooks or any(p.requires_grad for p in base.parameters()):
+        return None
+    return base.weight if type(base) is nn.Linear and base.weight.dtype == dtype else None
+
+
 @register("lora")
 class LoRA(Adapter):
     Config = LoRAConfig
@@ -103,6 +111,8 @@ class LoRA(Adapter):
         With 16-bit activations both products run in 16 bits; rounding A, B and x Aᵀ changes the update by a few units
         of its last place. A CPU takes 30 µs for any 16-bit product: up to 32 tokens it is done sooner in A's dtype.
         """
+        if (y := self.projected([self], x, [base])) is not None:
+            return y[0]
         few = x.device.type == "cpu" and x.numel() <= 32 * x.shape[-1]
         dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float16) and not few else self.lora_A.dtype
         if not x.is_floating_point() or (self.training and self.dropout > 0):
@@ -111,6 +121,17 @@ class LoRA(Adapter):
         h = F.linear(x.to(dtype), self.lora_A.to(dtype)).reshape(-1, len(self.lora_A))  # (..., I) -> (N, R)
         y_rows, up = y.reshape(-1, y.shape[-1]).to(dtype), self.lora_B.to(dtype).T
         return torch.addmm(y_rows, h, up, alpha=self.scaling).to(y.dtype).view_as(y)
+
+    @classmethod
+    def projected(cls, adapters: list[Any], x: Tensor, bases: list[nn.Module]) -> tuple[Tensor, ...] | None:
+        """One function with its own backward: x is kept once, the A's are one product, no sum has memory of its own."""
+        if not torch.is_grad_enabled() or any(a.training and a.dropout > 0 for a in adapters):
+            return None
+        weights = [frozen_weight(base, x.dtype) for base in bases]
+        if None in weights:
+            return None
+        factors = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
+        return lora_linear(x, weights, [base.bias for base in bases], *factors, [a.scaling for a in adapters])  # type: ignore[arg-type, misc]
 
     @classmethod
     def grouped(cls, rows: list[Row], dtype: torch.dtype) -> Sum | None:

@@ -1,4 +1,4 @@
-"""Norm, gate, rotation and short attention equal their definitions: outputs and every gradient, in three dtypes."""
+"""The smaller kernels equal their definitions: outputs and every gradient, in three dtypes."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowrank.kernels.rms_norm import rms_norm, rms_norm_ref
 from lowrank.kernels.rope import rope, rope_ref
+from lowrank.kernels.row_norm import row_norm, row_norm_ref
 from lowrank.kernels.short_attention import short_attention, short_attention_ref
 from lowrank.kernels.swiglu import swiglu, swiglu_ref
 
@@ -123,6 +124,24 @@ def test_rope_of_heads_that_are_a_part_of_a_product_and_are_transposed_later(dev
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["ref", "triton"])
+@pytest.mark.parametrize("size", [(1, 1, 1), (37, 150, 5), (7, 24, 70)])  # (O, I, R), ragged in each
+def test_row_norm(size, mode, dtype, device, agree, monkeypatch) -> None:
+    monkeypatch.setenv("LOWRANK_KERNELS", mode)
+    torch.manual_seed(0)
+    O, I, R = size
+    W, A, B = (torch.randn(s, device=device) for s in ((I, O), (R, I), (O, R)))
+    W = W.to(dtype).T  # rows that lie apart
+    # W Aᵀ, A, B and cB are rounded to W's dtype, a few times the size of the largest result; fp32: sums of I and R
+    inner = 0 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps / 2**-23
+    ref = lambda A, B: row_norm_ref(W.double(), A, B, 0.5)  # noqa: E731
+    agree(lambda A, B: row_norm(W, A, B, 0.5), ref, [A, B], 16 * sum(size), inner)
+    squares = W.double().square().sum(1)
+    unchanged = row_norm(W, A, torch.zeros_like(B), 0.5, squares)
+    assert torch.equal(unchanged, squares.sqrt().float())  # to the last bit: DoRA's m / |V| is 1 at the start
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (4, 1)])
 def test_short_attention(dtype, heads) -> None:
     torch.manual_seed(0)
@@ -147,6 +166,10 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, table = torch.zeros(2, 3, 4, 8), torch.zeros(1, 3, 1, 8)
     with pytest.raises(ValueError, match=r"cos \(B or 1, T, 1, dim\)"):
         rope(x, table[:, :2], table[:, :2])
+    with pytest.raises(ValueError, match=r"row_norm needs weight \(O, I\), A \(R, I\), B \(O, R\)"):
+        row_norm(torch.zeros(4, 3), torch.zeros(2, 3), torch.zeros(3, 2), 1.0)
+    with pytest.raises(ValueError, match=r"squares \(4,\)"):
+        row_norm(torch.zeros(4, 3), torch.zeros(2, 3), torch.zeros(4, 2), 1.0, torch.zeros(3))
     with pytest.raises(ValueError, match="cos and sin alike, dim even and <= K"):
         rope(x, table.repeat(1, 1, 1, 2), table.repeat(1, 1, 1, 2))
 
