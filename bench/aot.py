@@ -78,7 +78,7 @@ def measure(entry: Entry, target: str) -> dict[str, Any]:
         row["spilled"] = sum("STL" in text for _, text in lines)
         row["loads"] = sum(bool(re.search(r"\b(LDG|LDGSTS)\S*\.128|UTMALDG|UBLKCP", text)) for _, text in lines)
         row["stores"] = sum(bool(re.search(r"\bSTG\S*\.128|UTMASTG", text)) for _, text in lines)
-        row["tensor_cores"] = sum(bool(re.search(r"\b\w*(MMA|GMMA)\b", text)) for _, text in lines)
+        row["tensor_cores"] = sum(bool(re.match(r"(@\S+ )?[A-Z]+MMA\b", text)) for _, text in lines)
         body = main_loop(lines)
     else:
         code = compiled.asm["amdgcn"]

@@ -95,21 +95,23 @@ def _permutes(dtype: torch.dtype) -> str:
     one. Both bytes of a 16-bit value are looked up like that and interleaved.
     """
     bits = [value & 0xFFFF for value in torch.tensor(NF4).to(dtype).view(torch.int16).tolist()]
-    tables = [
-        [sum((v >> shift & 255) << 8 * j for j, v in enumerate(bits[i : i + 4])) for i in (0, 4, 8, 12)]
-        for shift in (0, 8)
-    ]
-    lines = ["and.b32 s, $4, 0x77777777;", "shl.b32 u, $4, 4;"]
+    # One of prmt's two tables has to be in a register. ptxas would keep a constant in a uniform one and move it for each
+    # prmt; z is 0, which it cannot know, so z | constant is computed once and stays.
+    lines = ["mov.u32 z, %laneid;", "mul.hi.u32 z, z, z;", "and.b32 s, $4, 0x77777777;", "shl.b32 u, $4, 4;"]
+    tables = {}
+    for name, shift in (("l", 0), ("h", 8)):
+        t = [sum((v >> shift & 255) << 8 * j for j, v in enumerate(bits[i : i + 4])) for i in (0, 4, 8, 12)]
+        lines += [f"or.b32 {name}0, z, 0x{t[0]:08x};", f"or.b32 {name}8, z, 0x{t[2]:08x};"]
+        tables[name] = f"0x{t[1]:08x}", f"0x{t[3]:08x}"
     for half, (signs, outputs) in enumerate((("0x9D8C", "01"), ("0xBFAE", "23"))):
         if half:
             lines.append("shr.u32 s, s, 16;")
         lines.append(f"prmt.b32 m, $4, u, {signs};")  # bit 3 of four codes, each spread over a byte
-        for name, table in zip("lh", tables):
-            t = [f"0x{entry:08x}" for entry in table]
-            lines += [f"prmt.b32 a, {t[0]}, {t[1]}, s;", f"prmt.b32 b, {t[2]}, {t[3]}, s;"]
+        for name, (fours, twelves) in tables.items():
+            lines += [f"prmt.b32 a, {name}0, {fours}, s;", f"prmt.b32 b, {name}8, {twelves}, s;"]
             lines.append(f"lop3.b32 {name}, a, b, m, 0xD8;")  # m ? b : a
         lines += [f"prmt.b32 ${outputs[0]}, l, h, 0x4051;", f"prmt.b32 ${outputs[1]}, l, h, 0x6273;"]
-    return "{ .reg .b32 s, u, m, a, b, l, h; " + " ".join(lines) + " }"
+    return "{ .reg .b32 s, u, m, a, b, l, h, z, l0, l8, h0, h8; " + " ".join(lines) + " }"
 
 
 FP16, BF16 = tl.constexpr(_permutes(torch.float16)), tl.constexpr(_permutes(torch.bfloat16))

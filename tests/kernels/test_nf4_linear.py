@@ -75,10 +75,7 @@ def test_tile_is_the_product_up_to_the_rounding_of_codes(
 
 def emulate(ptx: str, word: int) -> list[int]:
     """The four results of the byte-permute code for one word of eight codes."""
-    registers = {"$4": word}
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
+    registers = {"$4": word, "%laneid": 31}
 
     def prmt(a: int, b: int, selector: int) -> int:
         data, result = (a | b << 32).to_bytes(8, "little"), 0
@@ -88,18 +85,16 @@ def emulate(ptx: str, word: int) -> list[int]:
             result |= ((0xFF if byte & 128 else 0) if pick & 8 else byte) << 8 * i
         return result
 
-    for operation, operands in re.findall(r"(\w+)\.b32 ([^;{}]+);", ptx.replace("shr.u32", "shr.b32")):
-        if operation == "reg":
-            continue
-        out, *inputs = operands.replace(" ", "").split(",")
-        a, b, *rest = (value(name) for name in inputs)
-        if operation == "lop3":  # the table's bit abc, for each bit
-            c, table = rest
-            result = sum((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32))
-        else:
-            calls = {"and": int.__and__, "shl": int.__lshift__, "shr": int.__rshift__, "prmt": prmt}
-            result = calls[operation](a, b, *rest)
-        registers[out] = result & 0xFFFFFFFF
+    def lop3(a: int, b: int, c: int, table: int) -> int:
+        return sum((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32))
+
+    calls = {"and": int.__and__, "or": int.__or__, "shl": int.__lshift__, "shr": int.__rshift__, "mov": int}
+    calls |= {"mul.hi": lambda a, b: a * b >> 32, "prmt": prmt, "lop3": lop3}
+    for operation, operands in re.findall(r"(\S+)\.[bu]32 ([^;{}]+);", ptx):
+        if operation != ".reg":
+            out, *inputs = operands.replace(" ", "").split(",")
+            values = [registers[name] if name in registers else int(name, 0) for name in inputs]
+            registers[out] = calls[operation](*values) & 0xFFFFFFFF
     return [registers[f"${i}"] for i in range(4)]
 
 
