@@ -95,7 +95,7 @@ def _permutes(dtype: torch.dtype) -> str:
     one. Both bytes of a 16-bit value are looked up like that and interleaved.
     """
     bits = [value & 0xFFFF for value in torch.tensor(NF4).to(dtype).view(torch.int16).tolist()]
-    # One of prmt's two tables has to be in a register. ptxas would keep a constant in a uniform one and move it for each
+    # One of prmt's tables has to be in a register. ptxas would keep constants in uniform ones and move one for each
     # prmt; z is 0, which it cannot know, so z | constant is computed once and stays.
     lines = ["mov.u32 z, %laneid;", "mul.hi.u32 z, z, z;", "and.b32 s, $4, 0x77777777;", "shl.b32 u, $4, 4;"]
     tables = {}
