@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.adapter import adapted_layers
 from lowrank.methods.lora import LoRAConfig
 from lowrank.methods.prompt import PromptConfig
 from lowrank.models.export import _write_tokenizer, export_hf, own_generation, weights
@@ -29,16 +28,6 @@ def opened(path: Path, **options: object) -> nn.Module:
     return load(path, dtype=torch.float32, device="cpu", progress=False, **options)[0]
 
 
-def merged(model: nn.Module, targets: object = None, **options: object) -> nn.Module:
-    lowrank.attach(model, LoRAConfig(rank=4, alpha=16), targets, **options)
-    torch.manual_seed(1)
-    for _, layer in adapted_layers(model, "default"):
-        for p in layer.adapters["default"].parameters():
-            nn.init.normal_(p, std=0.1)
-    lowrank.merge(model, "default")
-    return model
-
-
 def same(a: nn.Module, b: nn.Module, atol: float = 1e-5) -> None:
     with torch.no_grad():
         torch.testing.assert_close(a(IDS), b(IDS), atol=atol, rtol=0)
@@ -46,7 +35,7 @@ def same(a: nn.Module, b: nn.Module, atol: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("quantize", [None, "nf4-dq", "int4"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_merged_model_as_a_folder(tmp_path: Path, name: str, quantize: str | None) -> None:
+def test_a_merged_model_as_a_folder(tmp_path: Path, merged, name: str, quantize: str | None) -> None:
     model = merged(opened(MODELS / name, quantize=quantize), "all-linear")
     export_hf(model, None, tmp_path / "out", shard_bytes=100_000)
     assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 2
@@ -57,7 +46,7 @@ def test_a_merged_model_as_a_folder(tmp_path: Path, name: str, quantize: str | N
         export_hf(model, None, tmp_path / "out")
 
 
-def test_an_encoder_as_a_folder(tmp_path: Path) -> None:
+def test_an_encoder_as_a_folder(tmp_path: Path, merged) -> None:
     model = merged(opened(MODELS / "bert_token_cls"), ["query", "value"], train_also=["classifier"])
     export_hf(model, None, tmp_path / "out")
     same(opened(tmp_path / "out"), model)
@@ -85,7 +74,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, tiny: nn.Module,
 
 
 @pytest.mark.parametrize("also", ["lm_head", "embed_tokens"])
-def test_a_tied_head_that_was_trained_is_written(tmp_path: Path, also: str) -> None:
+def test_a_tied_head_that_was_trained_is_written(tmp_path: Path, merged, also: str) -> None:
     model = merged(opened(MODELS / "llama_tied_sharded"), ["q_proj"], train_also=[also])
     export_hf(model, None, tmp_path / "out")
     again = opened(tmp_path / "out")
@@ -114,18 +103,9 @@ def rounded(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
-def sayable(folder: Path, copied) -> Path:
-    """A copy whose settings are those that llama.cpp assumes of the family."""
-    copy = copied(folder.name)
-    raw = json.loads((copy / "config.json").read_text())
-    changes = {"sliding_window_pattern": 6, "query_pre_attn_scalar": raw.get("head_dim")}
-    (copy / "config.json").write_text(json.dumps(raw | {k: v for k, v in changes.items() if k in raw}))
-    return copy
-
-
 @pytest.mark.parametrize("name", ["llama", "llama_tied_sharded", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
-def test_a_gguf_file_reads_back(tmp_path: Path, copied, name: str) -> None:
-    model = opened(sayable(MODELS / name, copied))
+def test_a_gguf_file_reads_back(tmp_path: Path, sayable, name: str) -> None:
+    model = opened(sayable(name))
     notes = export_gguf(model, None, tmp_path / "out.gguf")
     assert bool(notes) == (name == "mistral")  # which loses its window of 8 tokens there
     again, model = opened(tmp_path / "out.gguf"), rounded(model, "F16")
@@ -179,8 +159,8 @@ def test_llama_3_s_frequencies_go_through_gguf_and_back(tmp_path: Path, copied) 
 
 
 @pytest.mark.parametrize("name", ["llama_tied_sharded", "qwen2", "qwen3", "gemma2", "gemma3"])
-def test_a_config_json_is_made_for_a_gguf(tmp_path: Path, copied, name: str) -> None:
-    model = opened(sayable(MODELS / name, copied))
+def test_a_config_json_is_made_for_a_gguf(tmp_path: Path, sayable, name: str) -> None:
+    model = opened(sayable(name))
     export_gguf(model, None, tmp_path / "m.gguf")
     middle = opened(tmp_path / "m.gguf")
     export_hf(middle, None, tmp_path / "back")
