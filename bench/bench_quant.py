@@ -2,9 +2,10 @@
 
 Quantize, dequantize, and a linear layer at M rows: forward with gradients off, and forward + backward. Everything runs
 twice, in processes of their own: with the allocator as it is, and tuned (MALLOC_MMAP_THRESHOLD_ and
-MALLOC_TRIM_THRESHOLD_ large, so that freed memory is kept): else page faults are mistaken for arithmetic. The limits
-beside each time: the plain bf16 product, and copying as many bytes as the decoded weight has. bitsandbytes is measured
-where it is installed (pip install bitsandbytes==0.50.2). Results are appended to bench/results/quant.jsonl.
+MALLOC_TRIM_THRESHOLD_ large, so that freed memory is kept): else page faults are mistaken for arithmetic. Ours has its
+compiled loops, built first (`lowrank doctor --compile`; without a C++ compiler all is eager), and none of them. The
+limits beside each time: the plain bf16 product, and copying as many bytes as the decoded weight has. bitsandbytes is
+measured where it is installed (pip install bitsandbytes==0.50.2). Results are appended to bench/results/quant.jsonl.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.quant import compiled
 from lowrank.quant.linear import QuantizedLinear, decoded
 from lowrank.quant.tensor import QuantizedTensor
 
@@ -44,6 +47,19 @@ def median_ms(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def eager(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call without the compiled loops."""
+
+    def run() -> Any:
+        kept, compiled.loop = compiled.loop, lambda name: None
+        try:
+            return call()
+        finally:
+            compiled.loop = kept
+
+    return run
 
 
 def bitsandbytes() -> Any:
@@ -72,10 +88,12 @@ def measure_weight(shape: str, w: Tensor, seconds: float) -> None:
     settings = {"quant_type": "nf4", "compress_statistics": True, "blocksize": 64}
     quantize: dict[str, Callable[[], Any]] = {
         "ours": lambda: QuantizedTensor.quantize(w, "nf4", double_quant=True),
+        "ours, eager": eager(lambda: QuantizedTensor.quantize(w, "nf4", double_quant=True)),
         "copy": lambda: copy.copy_(w),
     }
     dequantize: dict[str, Callable[[], Any]] = {
         "ours": q.dequantize,
+        "ours, eager": eager(q.dequantize),
         "ours, into a buffer": lambda: q.dequantize(out=copy),
         "copy": lambda: copy.copy_(w),
     }
@@ -103,6 +121,7 @@ def measure_linear(
         contestants["bitsandbytes"] = theirs[0]
     with torch.no_grad():
         calls: dict[str, Callable[[], Any]] = {name: (lambda f=f: f(x)) for name, f in contestants.items()}
+        calls["ours, eager"] = eager(calls["ours"])
         if theirs[1] is not None:
             calls["bitsandbytes, eval"] = lambda: theirs[1](x)
         row = median_ms(calls, seconds)
@@ -110,6 +129,7 @@ def measure_linear(
             row |= {"ours, kept": median_ms({"kept": kept}, seconds)["kept"]}
     emit(shape, f"forward M={M}", row)
     calls = {name: (lambda f=f: torch.autograd.grad(f(x), x, dy)) for name, f in contestants.items()}
+    calls["ours, eager"] = eager(calls["ours"])
     emit(shape, f"forward + backward M={M}", median_ms(calls, seconds))
 
 
@@ -129,7 +149,7 @@ def emit(shape: str, operation: str, times: dict[str, float]) -> None:
 
 
 def table(allocator: str, rows: list[dict[str, Any]]) -> None:
-    names = ("ours", "ours, kept", "bitsandbytes", "bitsandbytes, eval", "bf16", "copy")
+    names = ("ours", "ours, eager", "ours, kept", "bitsandbytes", "bitsandbytes, eval", "bf16", "copy")
     for shape in SHAPES:
         print(
             f"\n{shape}, allocator {allocator}, times in ms\n{'':26}", *(f"{n:>18}" for n in names), "   theirs / ours"
@@ -171,7 +191,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.worker:
         return worker(options.seconds)
-    about = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LOWRANK_CACHE"] = folder  # so that the compilation is measured too
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    try:
+        seconds = round(compiled.build(), 1)
+    except Exception as error:
+        print(f"nothing is compiled here: {error}")
+        seconds = None
+    about = {**machine(), "compile_s": seconds}
     print(*(f"{name}: {value}" for name, value in about.items()), sep="\n")
     RESULTS.parent.mkdir(exist_ok=True)
     for allocator, extra in (("as it is", {}), ("tuned", TUNED)):

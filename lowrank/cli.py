@@ -156,8 +156,29 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", metavar="FOLDER", default="domain", help="where the records go (default: domain)")
     command.add_argument("--seed", type=int, default=0)
 
+    command = add(
+        "plan", _plan, "Say how much memory a model takes to train and to run; no weight is read.",
+        "lowrank plan chatglm3-6b --memory 24GB --targets query_key_value\n"
+        "         lowrank plan my-model/ --memory 80GB --length 4096 --samples 60000",
+    )  # fmt: skip
+    command.add_argument(
+        "model", metavar="MODEL", help="a built-in name such as qwen-72b, a folder, config.json or GGUF"
+    )
+    command.add_argument("--memory", default="24GB", help="of each device (default: 24GB)")
+    command.add_argument("--batch", type=int, default=1, help="examples at a time on each device (default: 1)")
+    command.add_argument("--length", type=int, default=1024, help="tokens of an example (default: 1024)")
+    command.add_argument("--devices", type=int, default=1)
+    command.add_argument("--rank", type=int, default=8)
+    command.add_argument("--targets", help="layers for the adapter, comma-separated (default: all linear ones)")
+    command.add_argument("--samples", type=int, default=10_000, help="training examples there are (default: 10000)")
+    command.add_argument("--keep-general", action="store_true", help="general ability must stay as it is")
+    command.add_argument("--domains", type=int, default=1, help="brands or fields to be told apart (default: 1)")
+    command.add_argument("--light", action="store_true", help="many small tasks over one base")
+    command.add_argument("--cpu", action="store_true", help="plan for a CPU instead of a GPU")
+
     command = add("doctor", _doctor, "Versions, devices, and what will be used.", "lowrank doctor quickstart")
     command.add_argument("model", nargs="?", help="quickstart, a folder or a .gguf: what its layers run as, in NF4")
+    command.add_argument("--compile", action="store_true", help="compile the CPU's NF4 loops for this machine, once")
     return top
 
 
@@ -315,9 +336,26 @@ def _domain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from lowrank.models.plan import Aim, Load, parse_size, screen
+    from lowrank.training.screen import console
+
+    for name in ("batch", "length", "devices", "rank", "samples", "domains"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    targets = tuple(args.targets.split(",")) if args.targets else None
+    load = Load(args.batch, args.length, args.devices, args.rank, targets, args.cpu)
+    console.print(screen(args.model, parse_size(args.memory), load,
+                         Aim(args.samples, args.keep_general, args.domains, args.light)))  # fmt: skip
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from lowrank.doctor import report
+    from lowrank.quant import compiled
 
+    if args.compile:
+        print(f"compiled in {compiled.build():.0f} s\n")
     print(report(args.model))
     return 0
 

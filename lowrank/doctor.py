@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from lowrank.adapter import METHODS
 from lowrank.files import cache_folder
 from lowrank.kernels import dispatch, nf4_linear
 from lowrank.models.checkpoint import open_checkpoint
 from lowrank.models.fetch import quickstart
 from lowrank.models.load import quantizable, skeleton
+from lowrank.quant import packed
 from lowrank.training.run import versions
 
 
@@ -28,7 +30,15 @@ def report(model: str | None = None) -> str:
     rows.append(("memory", _memory()))
     rows.append(("GPU", _gpus()))
     rows.append(("kernels", _kernels()))
-    rows.append(("C++ compiler", shutil.which(os.environ.get("CXX", "g++")) or "none (nothing here needs one)"))
+    rows += packed.describe().items()
+    fused = sorted(name for name, method in METHODS.items() if method.may("fused"))
+    rows.append(("adapters", f"fused path: {', '.join(fused)}; the other {len(METHODS) - len(fused)} by their forward"))
+    rows.append(
+        (
+            "C++ compiler",
+            shutil.which(os.environ.get("CXX", "g++")) or "none (only `lowrank doctor --compile` needs one)",
+        )
+    )
     folder = cache_folder()
     there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
     rows.append(("cache", f"{folder} ({there / 1e6:,.0f} MB)"))

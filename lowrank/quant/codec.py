@@ -4,7 +4,8 @@ Decoding: a byte of two 4-bit codes indexes a table of 256 PAIRS of fp32 values,
 then one product with the scale of the block in fp32 and one rounding. Encoding to a table: [-1, 1] is cut into cells so
 narrow that each holds at most one decision bound; a table gives for each cell its bound and the rank below it, gathered
 together, and the comparison with that one bound is exact. Both run in pieces that stay in the cache, over a workspace
-that is kept between calls: fresh memory costs more than the arithmetic.
+that is kept between calls: fresh memory costs more than the arithmetic. `compiled.py` has faster versions of both, used
+where they were built.
 """
 
 import threading
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from lowrank.kernels.dispatch import FLOATS, use_triton
 from lowrank.kernels.nf4_codec import decision_bounds, dequantize_into, encode_ref, nf4_quantize, pack
+from lowrank.quant import compiled
 from lowrank.quant.codebooks import codebook
 
 PIECE = 2**20  # values decoded at a time: 4 MB of fp32
 ENCODE_PIECE = 2**18
 CELLS = 2048
+COMPILED = ("nf4", "fp4", "int4")  # c_k · A and no zero point
 SAFE = 2.0**-100, 2.0**100  # where 1 / absmax is a normal number, far from both ends
 
 
@@ -72,7 +75,8 @@ def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: 
         dequantize_into(out, codes, (scales,), block_size, codebook(format, device))
         return
     whole = numel - numel % block_size
-    for start in range(0, whole, PIECE):
+    done = _decode_compiled(out, format, codes, scales, block_size)
+    for start in range(done, whole, PIECE):
         end = min(start + PIECE, whole)
         first, last = start // block_size, end // block_size
         piece = out[start:end]
@@ -90,6 +94,25 @@ def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: 
     if whole < numel:
         rest = codes[whole if format == "int8" else whole // 2 :]
         _decode_rest(out[whole:], format, rest, scales[-1], None if zeros is None else zeros[-1])
+
+
+def _decode_compiled(out: Tensor, format: str, codes: Tensor, scales: Tensor, block_size: int) -> int:
+    """Fill the front of a bf16 `out` by the compiled loop where there is one; how many values that were."""
+    if out.dtype != torch.bfloat16 or format not in COMPILED or not compiled.usable(out) or out.storage_offset() % 2:
+        return 0
+    run, tiles = compiled.loop("decode"), out.numel() // (compiled.TILE * block_size)
+    if run is None or tiles < 2:
+        return 0
+    step, table = max(2, PIECE // (compiled.TILE * block_size)), codebook(format)
+    values = tiles * compiled.TILE * block_size
+    words = out[:values].view(torch.int32).view(tiles, compiled.TILE, -1)
+    codes = codes[: values // 2].contiguous().view_as(words)
+    scales = scales[: tiles * compiled.TILE].float().contiguous().view(tiles, compiled.TILE)
+    for start in range(0, tiles, step):
+        end = min(start + step, tiles)
+        start = min(start, end - 2)  # torch.export makes a size of 1 another program
+        run([words[start:end], codes[start:end], scales[start:end], table])
+    return values
 
 
 def _decode_rest(out: Tensor, format: str, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
@@ -130,10 +153,18 @@ def encode_table(w: Tensor, format: str, block_size: int) -> tuple[Tensor, Tenso
     packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=device)
     whole = numel - numel % block_size
+    run, bounds = compiled.loop("encode") if compiled.usable(w) else None, decision_bounds(codebook(format))[0]
     for start in range(0, whole, ENCODE_PIECE):
         end = min(start + ENCODE_PIECE, whole)
         maxima = absmax[start // block_size : end // block_size]
-        _encode_piece(flat[start:end], format, block_size, packed[start // 2 : end // 2], maxima)
+        part = packed[start // 2 : end // 2]
+        if run is None or end - start < 2 * block_size:
+            _encode_piece(flat[start:end], format, block_size, part, maxima)
+            continue
+        pairs = workspace.take("scaled", end - start, torch.float32, device).copy_(flat[start:end]).view(torch.int64)
+        run([part.view(-1, block_size // 2), maxima, pairs.view(-1, block_size // 2), bounds])
+        if (codes := _cells(format, device)[1]) is not None:
+            part.copy_(codes.index_select(0, part.int()))
     if whole < numel:
         packed[whole // 2 :], absmax[whole // block_size :] = encode_ref(flat[whole:], codebook(format), block_size)
     return packed, absmax

@@ -43,5 +43,5 @@ def quantize_scales(absmax: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
 
 def dequantize_scales(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """Â = c · a + m, two roundings.  -> (N,) fp32"""
-    values = codebook("dynamic8", codes.device).index_select(0, codes.int())
-    return (blocks_of(values, NESTED_BLOCK) * nested[:, None]).view(-1)[: codes.numel()] + offset
+    values = blocks_of(codebook("dynamic8", codes.device).index_select(0, codes.int()), NESTED_BLOCK)
+    return values.mul_(nested[:, None]).view(-1)[: codes.numel()].add_(offset)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.kernels.nf4_codec import unpack
+from lowrank.quant import compiled
 from lowrank.quant.tensor import QuantizedTensor
 
 PACKED_ROWS = 8  # from here on it is no faster than decoding and a dense product
@@ -87,7 +88,7 @@ def describe() -> dict[str, str]:
     """What `lowrank doctor` prints about quantized weights on a CPU."""
     packed = "torch's packed product" if packed_product_works() else "decoded (torch has no packed product here)"
     return {
-        "quantized weights": "decoded by table gathers in eager torch, nothing is compiled",
+        "quantized weights": compiled.describe(),
         "int4 at fewer than 8 rows": packed,
         "bf16 in generation": "weights in oneDNN's order" if ordered_product_works() else "plain products",
     }

@@ -128,22 +128,24 @@ class QuantReport:
             return False
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 5), layout="constrained")
-        axes = figure.subplots()
-        for i, format in enumerate(self.formats):
-            rows = self.of(format)
-            color = f"C{i}"
-            axes.plot([r.rms_error / (r.rms_weight or 1) for r in rows], ".-", color=color, label=f"{format}, measured")
-            axes.plot([r.expected_rms / (r.rms_weight or 1) for r in rows], ":", color=color)
-        axes.plot([], [], ":", color="gray", label="expected for normal weights")
-        axes.set_yscale("log")
+        panels = [group for eight in (False, True) if (group := [f for f in self.formats if (f == "int8") == eight])]
+        figure = Figure(figsize=(10, 3 + 2 * len(panels)), layout="constrained")
+        heights = [3 if len(group) > 1 else 2 for group in panels]
+        grid = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)
+        for axes, group in zip(grid[:, 0], panels):  # 8 bits have a scale of their own: the error is a fifteenth
+            for format in group:
+                rows, color = self.of(format), f"C{self.formats.index(format)}"
+                wide = {"linewidth": 5, "alpha": 0.35} if format.endswith("-dq") else {"marker": ".", "linewidth": 1}
+                axes.plot([100 * r.rms_error / (r.rms_weight or 1) for r in rows], color=color, label=format, **wide)
+                axes.plot([100 * r.expected_rms / (r.rms_weight or 1) for r in rows], ":", color=color)
+            axes.set_ylabel("RMS error, % of RMS weight")
+            axes.grid(alpha=0.3)
         axes.set_xlabel("weight, in the model's order")
-        axes.set_ylabel("RMS error / RMS weight")
-        axes.set_title(
-            "Source is already 4-bit" if self.four_bit_source else f"Rounding error, blocks of {self.block_size}"
-        )
-        axes.grid(alpha=0.3)
-        axes.legend(ncols=2, fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.plot([], [], ":", color="gray", label="expected for\nnormal weights")
+        source = "; the source is already 4-bit" if self.four_bit_source else ""
+        figure.suptitle(f"Rounding error of each weight, blocks of {self.block_size}{source}")
+        figure.legend(loc="outside right upper")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
         return True

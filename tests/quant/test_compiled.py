@@ -1,0 +1,121 @@
+"""The loops that a C++ compiler can take over: the same bits as the reference, as Python, compiled, and in use."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank.kernels.nf4_codec import decision_bounds, decode_ref, encode_ref
+from lowrank.quant import compiled
+from lowrank.quant.codebooks import codebook
+from lowrank.quant.packed import describe
+
+TABLES = ("nf4", "fp4")
+
+
+@pytest.fixture(autouse=True)
+def own_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts without compiled loops, and leaves the choice of this process as it was."""
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path))
+    compiled.loop.cache_clear()
+    yield
+    compiled.loop.cache_clear()
+
+
+def weights(block_size: int) -> torch.Tensor:
+    """32 blocks of all magnitudes: normal ones, tiny and huge ones, zeros, the decision bounds themselves."""
+    w = torch.randn(32, block_size, generator=torch.Generator().manual_seed(0))
+    w = w * torch.exp2(torch.linspace(-146, 120, 32))[:, None]
+    w[3], w[5, ::2] = 0, 0
+    w[7] = decision_bounds(codebook("nf4"))[0].repeat(block_size // 8 + 1)[:block_size]
+    w[7, 0] = 1
+    return w
+
+
+@pytest.mark.parametrize("format", TABLES)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_the_loops_are_the_reference(format: str, block_size: int) -> None:
+    w, table = weights(block_size), codebook(format)
+    codes, absmax = encode_ref(w, table, block_size)
+    out = torch.empty(2, 16, block_size // 2, dtype=torch.int32)
+    compiled.decode_tiles(out, codes.view(out.shape), absmax.view(2, 16), table)
+    want = decode_ref(codes, absmax, table, w.numel(), torch.bfloat16, block_size)
+    assert torch.equal(out.view(torch.bfloat16).view(-1), want)
+    bounds, order = decision_bounds(table)
+    ranks, largest = torch.empty(32, block_size // 2, dtype=torch.uint8), torch.empty(32)
+    compiled.encode_blocks(ranks, largest, w.view(torch.int64), bounds)
+    assert torch.equal(largest, absmax)
+    assert torch.equal((order[ranks.int() >> 4] << 4 | order[ranks.int() & 15]).view(-1), codes)
+
+
+def test_it_is_chosen_once_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled.loop("decode") is None and "lowrank doctor --compile" in describe()["quantized weights"]
+    compiled.folder().mkdir(parents=True)
+    (compiled.folder() / "decode.pt2").write_bytes(b"not a package")
+    assert compiled.loop("decode") is None  # chosen before it was there
+    compiled.loop.cache_clear()
+    assert compiled.loop("decode") is None  # and what cannot be loaded is left alone
+    monkeypatch.setenv("LOWRANK_COMPILED", "maybe")
+    compiled.loop.cache_clear()
+    with pytest.raises(ValueError, match=r"unknown value of LOWRANK_COMPILED 'maybe'.*known: auto, off"):
+        compiled.loop("decode")
+
+
+SWEEP = """
+import sys, torch
+from lowrank.quant import compiled, tensor
+from lowrank.quant.linear import QuantizedLinear
+if sys.argv[1] == "build":
+    compiled.build()
+assert (compiled.loop("decode") is None) == (sys.argv[1] == "off"), "not the loops that were asked for"
+results = []
+draw = torch.Generator().manual_seed(0)
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for format in ("nf4", "nf4-dq", "fp4", "fp4-dq", "int4", "int4-affine", "int8"):
+        for block_size in (32, 64, 4096):
+            for n in (1, 31 * block_size, 32 * block_size, 2**18 + 16 * block_size + 7, 2**21 + 5):
+                w = torch.randn(n, generator=draw) * torch.exp2(torch.randint(-30, 30, (), generator=draw))
+                for dtype in (torch.float32, torch.bfloat16):
+                    q = tensor.QuantizedTensor.quantize(w.to(dtype), format, block_size)
+                    results += [*q.parts().values(), q.dequantize(), q.dequantize(torch.float16)]
+    for shape in ((2304, 1024), (96, 65)):
+        layer = QuantizedLinear(tensor.QuantizedTensor.quantize(torch.randn(shape, generator=draw), "nf4-dq"))
+        x = torch.randn(3, shape[1], generator=draw).bfloat16().requires_grad_()
+        y = layer(x)
+        results += [y.detach(), torch.autograd.grad(y.sum(), x)[0]]
+for bad in (float("nan"), float("inf")):
+    w = torch.randn(300, 300)
+    w[7, 7] = bad
+    try:
+        tensor.QuantizedTensor.quantize(w, "nf4")
+    except ValueError as error:
+        assert "1 of 90000 values that are NaN or infinite" in str(error)
+    else:
+        raise AssertionError(f"{bad} was accepted")
+print(torch.hash_tensor(torch.stack([torch.hash_tensor(r.float().nan_to_num(7)) for r in results]).view(torch.int64)))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_give_the_same_bits(tmp_path: Path) -> None:
+    """In processes of their own, since the choice is made once: built, loaded from the cache, turned off."""
+
+    def sweep(how: str) -> str:
+        environment = {
+            **os.environ,
+            "LOWRANK_CACHE": str(tmp_path),
+            "LOWRANK_COMPILED": "off" if how == "off" else "auto",
+        }
+        done = subprocess.run([sys.executable, "-c", SWEEP, how], env=environment, capture_output=True, text=True)
+        if how == "build" and "ompiler" in done.stderr and done.returncode:
+            pytest.skip("there is no C++ compiler")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    built = sweep("build")
+    assert built == sweep("load") == sweep("off")
