@@ -518,17 +518,17 @@ def config_to_json(c: ModelConfig) -> dict[str, Any]:
         "architectures": [f"{c.family.capitalize()}ForCausalLM"],
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tied,
-        "hidden_act": (activation := next(k for k, v in _ACTIVATIONS.items() if v == c.activation)),
-        "hidden_activation": "gelu_pytorch_tanh" if activation == "gelu_new" else activation,
+        **dict.fromkeys(("hidden_act", "hidden_activation"), c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")),
         "attention_bias": c.out_bias,
         "mlp_bias": c.mlp_bias,
         "bos_token_id": c.bos_id,
-        "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids),
+        "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids) or None,
         "pad_token_id": c.pad_id,
         "sliding_window": (window := next(filter(None, c.windows), None)),
     }
     if c.attn_scale is not None:
-        raw["query_pre_attn_scalar"] = round(c.attn_scale**-2, 6)
+        scalar = round(c.attn_scale**-2, 6)
+        raw["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
     if window is not None:
         types = ["full_attention" if w is None else "sliding_attention" for w in c.windows]
         raw |= {"layer_types": types, "use_sliding_window": True}

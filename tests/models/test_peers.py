@@ -98,11 +98,13 @@ def test_llama_cpp_gives_our_probabilities(tmp_path: Path, sayable, talking_fold
     folder = with_words(sayable(name), talking_folder)
     model, tokenizer = load(folder, dtype=torch.float32, device="cpu", progress=False)
     export_gguf(model, tokenizer, tmp_path / "m.gguf")
-    text = "the 12 men on a boat"
+    for text in (f"the 12 men {i} on a boat" for i in range(50)):
+        with torch.no_grad():
+            ours = model(torch.tensor([tokenizer.encode(text)]))[0, -1].log_softmax(-1)
+        if tokenizer.decode([int(ours.argmax())]).strip().isalnum():  # the server shows no half character
+            break
     request = {"prompt": text, "max_tokens": 1, "temperature": 0, "logprobs": 5}
     found = answers(tmp_path / "m.gguf", "handle_completions", request)["choices"][0]["logprobs"]["content"][0]
-    with torch.no_grad():
-        ours = model(torch.tensor([tokenizer.encode(text)]))[0, -1].log_softmax(-1)
     for token in found["top_logprobs"]:
         assert abs(token["logprob"] - float(ours[token["id"]])) < 0.02, (token, float(ours[token["id"]]))
     assert found["id"] == int(ours.argmax())
