@@ -58,6 +58,19 @@ def absmax_of(scales: Scales) -> Tensor:
 
 
 @triton.jit
+def _each(x, N: tl.constexpr, W: tl.constexpr):
+    """(N, W, 8) -> 8 times (N, W), so that a sum over them stays within a thread."""
+    even, odd = tl.split(x.reshape(N, W, 4, 2))
+    e, f = tl.split(even.reshape(N, W, 2, 2))
+    g, h = tl.split(odd.reshape(N, W, 2, 2))
+    x0, x4 = tl.split(e)
+    x2, x6 = tl.split(f)
+    x1, x5 = tl.split(g)
+    x3, x7 = tl.split(h)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
 def _gemv(
     x_ptr, words_ptr, scale_ptr, nested_ptr, offset_ptr, levels_ptr, code_ptr, bias_ptr, y_ptr, O, N,
     G: tl.constexpr, C: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr,
@@ -80,8 +93,11 @@ def _gemv(
         block = ((o * I)[:, None] + first[None, :]) // G
         mask = (o < O)[:, None] & (first < I)[None, :]
         scale = block_scale(scale_ptr, nested_ptr, offset_ptr, levels_ptr, block, mask, NESTED)
-        w = tl.load(code_ptr + ((words[:, :, :, None] >> ((e * 4) ^ 4)[None, None, None, :]) & 15))
-        acc += tl.sum(w * x[None].to(tl.float32), 3) * scale[:, :, None]
+        x = _each(x.to(tl.float32), CHUNKS, C // 8)
+        part = tl.zeros((ROWS, CHUNKS, C // 8), tl.float32)
+        for j in tl.static_range(8):
+            part += tl.load(code_ptr + ((words >> ((j * 4) ^ 4)) & 15)) * x[j][None]
+        acc += part * scale[:, :, None]
     y = tl.sum(tl.sum(acc, 2), 1)
     if BIAS:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
