@@ -20,8 +20,7 @@ from lowrank.adapter import (
     require_unmerged,
 )
 from lowrank.by_row import Rows
-from lowrank.errors import did_you_mean
-from lowrank.targets import matches
+from lowrank.targets import named
 
 Choice = None | str | Sequence[str] | Mapping[str, float]
 
@@ -51,11 +50,9 @@ def activate(model: nn.Module, choice: Choice, layers: str | Sequence[str] | Non
     adapted = dict(adapted_layers(model))
     chosen = dict(selection.now.layers)
     for pattern in [layers] if isinstance(layers, str) else layers:
-        found = matches(pattern, isinstance(layers, str), adapted)
-        if not found:
-            near = did_you_mean(pattern, adapted)
-            raise ValueError(f"layers={pattern!r} matches no adapted layer{near}; the first is {next(iter(adapted))}")
-        chosen |= {adapted[path]: weights for path in found}
+        chosen |= {
+            adapted[path]: weights for path in named(pattern, isinstance(layers, str), adapted, "layers", adapted)
+        }
     selection.now = replace(selection.now, layers=chosen)
 
 

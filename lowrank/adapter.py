@@ -152,9 +152,8 @@ class AdaptedLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.edited: Any = {}  # name -> the layer that stands in for the base (methods that edit it)
         self.selection = selection or Selection()
-        self.unmerged: tuple[
-            nn.Module, ...
-        ] = ()  # the layer as it was before `merge`; a tuple hides it from state_dict
+        self.unmerged: tuple[nn.Module, ...] = ()  # as it was before `merge`; a tuple hides it from state_dict
+        self.looked_up: tuple[Acting | None, list[tuple[str, Adapter, float]]] = None, []
 
     @property
     def weight(self) -> Any:
@@ -172,22 +171,27 @@ class AdaptedLinear(nn.Module):
         return now.layers.get(self, now.everywhere) if now.layers else now.everywhere
 
     def put(self, name: str, adapter: Adapter) -> None:
+        self.looked_up = None, []
         self.adapters[name] = adapter.train(self.base.training)
         if adapter.edits_base:
             edited = adapter.edit(self.base).requires_grad_(False)
             self.edited = nn.ModuleDict({**self.edited, name: edited})
 
     def remove(self, name: str) -> None:
+        self.looked_up = None, []
         del self.adapters[name]
         if name in self.edited:
             del self.edited[name]
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
+        now = self.selection.now
         if self.unmerged:
             return self.base(x, *context)
-        if (rows := self.selection.now.rows) is not None:
-            return rows(self, x, context)
-        return self.adapted(x, context, self.active)
+        if now.rows is not None:
+            return now.rows(self, x, context)
+        if self.looked_up[0] is not now:
+            self.looked_up = now, self.acting(self.active)
+        return self.adapted(x, context, self.looked_up[1])
 
     def needs_rows(self) -> bool:
         """Whether what acts here looks at the batch row by row, so that a model must not take its rows apart."""
@@ -211,8 +215,13 @@ class AdaptedLinear(nn.Module):
         """The adapters of this layer among `weights`: (name, adapter, weight)."""
         return [(name, self.adapters[name], weight) for name, weight in weights if name in self.adapters]  # type: ignore[misc]
 
-    def adapted(self, x: Tensor, context: tuple[Any, ...], weights: Weights, y: Tensor | None = None) -> Tensor:
-        acting = self.acting(weights)
+    def adapted(
+        self,
+        x: Tensor,
+        context: tuple[Any, ...],
+        acting: list[tuple[str, Adapter, float]],
+        y: Tensor | None = None,
+    ) -> Tensor:
         if len(acting) == 1 and acting[0][2] == 1.0:
             return self._one(x, context, acting[0][0], acting[0][1], y)
         if y is None:
@@ -220,7 +229,8 @@ class AdaptedLinear(nn.Module):
         if len(acting) == 0:
             return y
         if any(adapter.place in ("embeddings", "attention prefix") for _, adapter, _ in acting):
-            raise ValueError(f"a method that adds virtual tokens acts alone and with weight 1, got {dict(weights)}")
+            given = {name: weight for name, _, weight in acting}
+            raise ValueError(f"a method that adds virtual tokens acts alone and with weight 1, got {given}")
         return y + sum(w * (self._one(x, context, name, adapter, y) - y) for name, adapter, w in acting)
 
     def _one(self, x: Tensor, context: tuple[Any, ...], name: str, adapter: Adapter, y: Tensor | None) -> Tensor:

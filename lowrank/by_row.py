@@ -16,13 +16,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lowrank.adapter import AdaptedLinear, Adapter, Weights
 
-_version = attrgetter("_version")
 Row = tuple["Adapter | None", float]  # what acts on it and its weight; None is the base alone
 Sum = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> adapted y, all rows at once
+_version = attrgetter("_version")
 
 
 @dataclass
-class _Kept:
+class _Plan:
+    """What one layer does with the rows."""
+
+    parts: list[tuple[list[tuple[str, "Adapter", float]], Tensor]]
+    """What acts, and the rows that have it."""
     act: Sum | None
     parameters: list[nn.Parameter]
     versions: list[int]
@@ -39,58 +43,42 @@ class Rows:
 
     def __init__(self, choices: "tuple[Weights, ...]") -> None:
         self.choices = choices
-        self.index: dict[AdaptedLinear, dict[Weights, Tensor]] = {}  # which rows have the same adapters
-        self.kept: dict[Any, _Kept] = {}
+        self.plans: dict[Any, _Plan] = {}
 
     def __call__(self, layer: "AdaptedLinear", x: Tensor, context: tuple[Any, ...]) -> Tensor:
         """The adapted output of one layer.  (B, ..., I) -> (B, ..., O)"""
         if len(self.choices) != x.shape[0]:
             raise ValueError(f"rows() names adapters for {len(self.choices)} rows, the batch has {x.shape[0]}")
-        if (act := self.act(layer, x.dtype)) is not None:
-            return act(x, layer.base(x, *context))
-        if layer not in self.index:
-            self.index[layer] = self._groups(layer, x.device)
-        groups = self.index[layer]
-        if len(groups) == 1:
-            return layer.adapted(x, context, next(iter(groups)))
-        y, parts = layer.base(x, *context), []
-        for weights, index in groups.items():
+        key = layer, x.dtype, layer.training
+        plan = self.plans.get(key)
+        if plan is None or not plan.fresh():
+            plan = self.plans[key] = self._plan(layer, x)
+        if len(plan.parts) == 1:
+            return layer.adapted(x, context, plan.parts[0][0])
+        y = layer.base(x, *context)
+        if plan.act is not None:
+            return plan.act(x, y)
+        parts = []
+        for acting, index in plan.parts:
             part = tuple(c[index] if isinstance(c, Tensor) else c for c in context)
-            parts.append(layer.adapted(x[index], part, weights, y[index]))
+            parts.append(layer.adapted(x[index], part, acting, y[index]))
         if len(shapes := {part.shape[1:] for part in parts}) > 1:
             raise ValueError(
                 f"the rows' adapters give outputs of {len(shapes)} shapes (virtual tokens?):"
                 " rows of one batch need the same number of them"
             )
-        return torch.cat(parts)[torch.cat(list(groups.values())).argsort()]
+        return torch.cat(parts)[torch.cat([index for _, index in plan.parts]).argsort()]
 
-    def _groups(self, layer: "AdaptedLinear", device: torch.device) -> "dict[Weights, Tensor]":
-        groups: dict[Weights, list[int]] = {}
-        for i, row in enumerate(self.choices):
-            groups.setdefault(tuple(item for item in row if item[0] in layer.adapters), []).append(i)
-        return {weights: torch.tensor(index, device=device) for weights, index in groups.items()}
-
-    def act(self, layer: "AdaptedLinear", dtype: torch.dtype) -> Sum | None:
-        """The one sum of all rows, or None where the batch has to be taken apart."""
-        key = layer, dtype, layer.training
-        kept = self.kept.get(key)
-        if kept is None or not kept.fresh():
-            kept = self.kept[key] = self._keep(layer, dtype)
-        return kept.act
-
-    def _keep(self, layer: "AdaptedLinear", dtype: torch.dtype) -> _Kept:
-        acting = [layer.acting(row) for row in self.choices]
-        adapters = {adapter for row in acting for _, adapter, _ in row}
+    def _plan(self, layer: "AdaptedLinear", x: Tensor) -> _Plan:
+        rows = [tuple(layer.acting(row)) for row in self.choices]
+        same = {row: [i for i, other in enumerate(rows) if other == row] for row in rows}
+        plan = _Plan([(list(row), torch.tensor(index, device=x.device)) for row, index in same.items()], None, [], [])
+        adapters = {adapter for row in rows for _, adapter, _ in row}
         methods = {type(adapter) for adapter in adapters}
-        if (
-            layer.edited
-            or len(methods) != 1
-            or any(len(row) > 1 for row in acting)
-            or len(set(map(tuple, acting))) == 1
-        ):
-            return _Kept(None, [], [])
-        method = methods.pop()
-        rows: list[Row] = [(row[0][1], row[0][2]) if row else (None, 0.0) for row in acting]
-        parameters = [p for adapter in adapters for p in adapter.parameters()]
-        act = method.grouped(rows, dtype) if method.may("grouped") else None
-        return _Kept(act, parameters, list(map(_version, parameters)))
+        if len(same) > 1 and len(methods) == 1 and not layer.edited and all(len(row) < 2 for row in rows):
+            method = methods.pop()
+            if method.may("grouped"):
+                plan.act = method.grouped([row[0][1:] if row else (None, 0.0) for row in rows], x.dtype)
+                plan.parameters = [p for adapter in adapters for p in adapter.parameters()]
+                plan.versions = list(map(_version, plan.parameters))
+        return plan

@@ -1,6 +1,6 @@
 """The small models that the conformance suite proves its theorems on, and what every proof needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,6 +90,30 @@ def give(
     put(model, name, adapters, Attachment(method.method, config, ["layer"], (), ("layer",)))
     model.eval()
     return adapter
+
+
+def given(
+    method: type[Adapter],
+    kinds: tuple[str, ...] = ("dense",),
+    shapes: tuple[tuple[int, int], ...] = SHAPES[:1],
+    bias: bool = True,
+    random: bool = True,
+) -> Iterator[tuple[str, Host, Tensor, Tensor]]:
+    """(what it is, the model with the adapter, an input, its output before) of each host that the method goes to."""
+    none = True
+    for kind in kinds:
+        for shape in shapes:
+            model, x = host(method, shape, bias, kind)
+            y = model(x)
+            try:
+                give(model, method, random=random)
+            except NotOffered as answer:
+                reason = answer
+                continue
+            none = False
+            yield f"{shape[0]} -> {shape[1]}, {kind}", model, x, y
+    if none:
+        raise reason
 
 
 def randomise(adapter: Adapter, seed: int) -> None:

@@ -15,6 +15,7 @@ are chosen for the layer's output instead (`rounding.py`), and survival is measu
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +80,6 @@ def _mean(shares: Mapping[str, float]) -> float:
     return sum(shares.values()) / max(len(shares), 1)
 
 
-@dataclass
-class _Merged:
-    layer: nn.Module
-    survival: float
-    dense: float
-    nf4: float | None
-    nearest: float | None
-
-
 def merge(
     model: nn.Module,
     name: Choice = "default",
@@ -116,7 +108,7 @@ def merge(
         for _, adapter, _ in layer.acting(weights):
             if not adapter.mergeable:
                 raise ValueError(
-                    f"{path}: method {adapter.method!r} cannot be merged into a weight; keep it as an adapter"
+                    f"{path}: method {adapter.method!r} cannot be merged into a weight; it stays beside it"
                 )
     grams: dict[str, Tensor] = {}
     if calibration is not None and to == "nf4":
@@ -124,14 +116,11 @@ def merge(
         with acting(model, name):
             grams = collect(model, quantizable, [calibration] if isinstance(calibration, Tensor) else list(calibration))
     logits = None if text is None else _logits(model, name, text)
-    merged = {path: _merged_layer(layer, layer.acting(weights), to, grams.get(path)) for path, layer in layers.items()}
-    report = MergeReport(
-        to,
-        {path: m.survival for path, m in merged.items()},
-        {path: m.dense for path, m in merged.items()},
-        {path: m.nf4 for path, m in merged.items() if m.nf4 is not None},
-        {path: m.nearest for path, m in merged.items() if m.nearest is not None},
-    )
+    report, merged = MergeReport(to, {}), {}
+    for path, layer in layers.items():
+        merged[path], shares = _merged_layer(layer, layer.acting(weights), to, grams.get(path))
+        for column, share in shares.items():
+            getattr(report, column)[path] = share
     path, share = report.lowest
     if to == "nf4" and share < MIN_SURVIVAL and not force:
         raise ValueError(
@@ -141,7 +130,7 @@ def merge(
         )
     for path, layer in layers.items():
         layer.unmerged = (layer.base,)
-        layer.base = merged[path].layer
+        layer.base = merged[path]
     carried(model).merged = True
     if logits is not None and text is not None:
         report = replace(report, logit_change=_change(model, text, *logits))
@@ -209,7 +198,8 @@ def _goes_to_nf4(layer: AdaptedLinear) -> bool:
 @torch.no_grad()
 def _merged_layer(
     layer: AdaptedLinear, acting: list[tuple[str, Adapter, float]], to: str, gram: Tensor | None
-) -> _Merged:
+) -> tuple[nn.Module, dict[str, float]]:
+    """The layer that holds the adapters, and what it keeps of them, by the report's columns."""
     before, weight, bias = merged_weight(layer, acting)
     base = layer.base
     quantized = base.quantized if isinstance(base, QuantizedLinear) else None
@@ -222,26 +212,22 @@ def _merged_layer(
         return 1.0 if update == 0 else float(1 - (stored.float() - weight).norm() / update)
 
     rounded = weight.to(dtype)
-    dense, nf4, plain = survival(rounded), None, []
+    shares = {"survival": survival(rounded), "dense": survival(rounded)}
     if _goes_to_nf4(layer):
         block_size, double = (quantized.block_size, quantized.double_quant) if quantized else (64, False)
         fresh = QuantizedTensor.quantize(weight, "nf4", block_size, double_quant=double)
         plain = [replace(fresh, dtype=torch.float32 if dtype == torch.float64 else dtype)]
         if quantized is not None and quantized.format == "nf4":  # new scales would move every weight, changed or not
             plain.append(on_scales_of(quantized, weight))
-        nf4, q = _best(plain, survival)
-    if to == "nf4" and nf4 is not None:
-        if gram is None:
-            return _Merged(QuantizedLinear(q, bias), nf4, dense, nf4, None)
-
-        def in_output(stored: Tensor) -> float:
-            return output_survival(stored, weight, before, gram)
-
-        nearest, _ = _best(plain, in_output)
-        kept, q = _best([*plain, *(compensated(weight, p, gram) for p in plain)], in_output)
-        return _Merged(QuantizedLinear(q, bias), kept, dense, nf4, nearest)
-    new = with_weight(base, rounded, bias) if quantized is None else _dense_linear(rounded, bias)
-    return _Merged(new, dense, dense, nf4, None)
+        shares["nf4"], q = _best(plain, survival)
+        if to == "nf4":
+            shares["survival"] = shares["nf4"]
+            if gram is not None:
+                in_output = partial(output_survival, wanted=weight, before=before, gram=gram)
+                shares["nearest"], _ = _best(plain, in_output)
+                shares["survival"], q = _best([*plain, *(compensated(weight, p, gram) for p in plain)], in_output)
+            return QuantizedLinear(q, bias), shares
+    return with_weight(base, rounded, bias) if quantized is None else _dense_linear(rounded, bias), shares
 
 
 def _best(candidates: list[QuantizedTensor], kept: Callable[[Tensor], float]) -> tuple[float, QuantizedTensor]:

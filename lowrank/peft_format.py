@@ -14,16 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapter import (
-    METHODS,
-    Adapter,
-    adapted_layers,
-    features,
-    is_conv1d,
-    is_linear,
-    require_adapter,
-    require_unmerged,
-)
+from lowrank.adapter import METHODS, Adapter, adapted_layers, features, is_conv1d, require_adapter, require_unmerged
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json, read_tensors, write_json, write_tensors
 from lowrank.filling import default_name, fill
@@ -34,14 +25,14 @@ from lowrank.methods.pissa import PiSSA
 from lowrank.methods.prefix import Prefix
 from lowrank.methods.trained_copy import TrainedCopy
 from lowrank.methods.vera import VeRA, VeRAConfig
-from lowrank.peft_table import COMMON, FORMATS, PREFIX, Format
+from lowrank.peft_table import FORMATS, PREFIX, Format
 from lowrank.targets import (
-    HEADS,
     Attachment,
     attachments,
     build,
     check_name,
     find_targets,
+    flat,
     matches,
     places,
     put,
@@ -74,7 +65,7 @@ def load_peft(model: nn.Module, folder: str | Path, name: str | None = None, tra
     tensors = {key.removeprefix(PREFIX): value for key, value in read_tensors(folder / TENSORS).items()}
     copies: list[str] = []
     if method in TOKENS:
-        paths = _flat(find_targets(model, "all", place=METHODS[method].place))
+        paths = flat(find_targets(model, "all", place=METHODS[method].place))
         tensors = _spread_tokens(tensors, paths, method == "prefix", config.tokens, folder)
     else:
         paths, copies = _paths(model, theirs, folder)
@@ -86,20 +77,11 @@ def load_peft(model: nn.Module, folder: str | Path, name: str | None = None, tra
         if isinstance(adapter, IA3) and f"{path}.ia3_l" in tensors:
             tensors[f"{path}.ia3_l"] = tensors[f"{path}.ia3_l"].flatten()  # theirs is (1, I) or (O, 1)
     fill(adapters, tensors, folder / TENSORS)
-    targets = theirs.get("target_modules")
-    put(
-        model,
-        name,
-        adapters,
-        Attachment(method, config, targets, tuple(theirs.get("modules_to_save") or ()), tuple(adapters)),
-    )
+    saved = tuple(theirs.get("modules_to_save") or ())
+    put(model, name, adapters, Attachment(method, config, theirs.get("target_modules"), saved, tuple(adapters)))
     if not trainable:
         train_only(model, None)
     return name
-
-
-def _flat(found: Mapping[str, list[str]]) -> list[str]:
-    return [path for paths in found.values() for path in paths]
 
 
 def _method_of(theirs: dict[str, Any], folder: Path) -> tuple[str, Format]:
@@ -111,11 +93,8 @@ def _method_of(theirs: dict[str, Any], folder: Path) -> tuple[str, Format]:
     if method == "lora" and theirs.get("use_dora"):
         method = "dora"
     form = FORMATS[method]
-    strange = [
-        key
-        for key, value in theirs.items()
-        if key not in COMMON and key not in form.settings and value not in (None, False, {}, [], "", 0, 0.0)
-    ]
+    off: tuple[Any, ...] = (None, False, {}, [], "", 0, 0.0)
+    strange = [key for key, value in theirs.items() if key not in form.known() and value not in off]
     if theirs.get("bias", "none") != "none":
         strange.append(f"bias={theirs['bias']!r}")
     if strange:
@@ -135,7 +114,7 @@ def _paths(model: nn.Module, theirs: dict[str, Any], folder: Path) -> tuple[list
     everything = places(model)
     targets = theirs.get("target_modules") or []
     if targets == "all-linear":
-        found = [p for p, layer in everything.items() if is_linear(layer) and p.rsplit(".", 1)[-1] not in HEADS]
+        found = flat(find_targets(model, "all-linear"))
     else:
         found = _named(targets, everything, folder, "target_modules")
     dropped = set(_named(theirs.get("exclude_modules") or [], everything, folder, "exclude_modules"))
@@ -218,8 +197,8 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
     attachment = attachments(model)[name]
     adapters: dict[str, Adapter] = {path: layer.adapters[name] for path, layer in adapted_layers(model, name)}  # type: ignore[misc]
     method, config = attachment.method, attachment.config
-    if method == "pissa":  # as a LoRA of twice the rank on the original base
-        method, config = "lora", replace(_plain(config), rank=2 * config.rank, alpha=2 * config.alpha)
+    if issubclass(METHODS[method], PiSSA):
+        method, config = "lora", _doubled(config)
     if method not in FORMATS:
         raise ValueError(
             f"PEFT has no file for method {method!r}: save it in lowrank's own format, or merge it;"
@@ -234,10 +213,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
         written |= _token_settings(model, layers, own, method)
         tensors = {"prompt_embeddings": _gather_tokens([adapters[path] for path in own])}
     else:
-        written |= {
-            "target_modules": _leaves(model, own),
-            "modules_to_save": copies or None,
-        }
+        written |= {"target_modules": _leaves(model, own), "modules_to_save": copies or None}
         if any(is_conv1d(layers[path]) for path in own):
             written["fan_in_fan_out"] = True
         tensors = {}
@@ -252,8 +228,13 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
     write_json(Path(folder) / CONFIG, written)
 
 
-def _plain(config: LoRAConfig) -> LoRAConfig:
-    return LoRAConfig(config.rank, config.alpha, config.dropout, config.rank_stabilized)
+def _doubled(c: LoRAConfig) -> LoRAConfig:
+    """PiSSA as a LoRA of twice the rank on the original base, with the same scaling."""
+    factor = 2**0.5 if c.rank_stabilized else 2
+    ranks = {key: 2 * rank for key, rank in c.rank_pattern.items()}
+    alphas = {key: factor * alpha for key, alpha in c.alpha_pattern.items()}
+    stabilized = c.rank_stabilized
+    return LoRAConfig(2 * c.rank, factor * c.alpha, c.dropout, stabilized, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def _leaves(model: nn.Module, own: list[str]) -> list[str]:
@@ -266,10 +247,9 @@ def _leaves(model: nn.Module, own: list[str]) -> list[str]:
 def _to_theirs(adapter: Adapter, layer: nn.Module, form: Format) -> dict[str, Tensor]:
     state = {key: value.detach() for key, value in adapter.state_dict().items()}
     if isinstance(adapter, PiSSA):
-        half = adapter.scaling / _doubled(adapter)
         state = {
             "lora_A": torch.cat([state["lora_A"], state["initial_A"]]),
-            "lora_B": half * torch.cat([state["lora_B"], -state["initial_B"]], dim=1),
+            "lora_B": torch.cat([state["lora_B"], -state["initial_B"]], dim=1),
         }
     if isinstance(adapter, IA3):
         state["ia3_l"] = state["ia3_l"][None] if adapter.on_input else state["ia3_l"][:, None]
@@ -282,11 +262,6 @@ def _to_theirs(adapter: Adapter, layer: nn.Module, form: Format) -> dict[str, Te
         else:
             theirs[key + ".weight" if key + ".weight" in form.tensors else key] = value
     return theirs
-
-
-def _doubled(adapter: PiSSA) -> float:
-    """The scaling that PEFT will use at twice the rank and twice alpha."""
-    return adapter.scaling * (2**0.5 if adapter.rank_stabilized else 1)
 
 
 def _whole_projections(config: VeRAConfig, adapters: Sequence[Adapter]) -> dict[str, Tensor]:

@@ -109,10 +109,7 @@ def find_targets(
     if not candidates:
         raise ValueError(_no_place(model, place))
     if targets == "all-linear":
-        body = [p for p in candidates if is_linear(everything[p]) and p.rsplit(".", 1)[-1] not in HEADS]
-        if not body:
-            raise ValueError("the model has no linear layer beside its head")
-        chosen = _by_leaf(body)
+        chosen = _by_leaf(p for p in candidates if is_linear(everything[p]) and _leaf(p) not in HEADS)
     elif targets == "all" and place != "linear":
         chosen = _by_leaf(candidates)
     else:
@@ -120,23 +117,15 @@ def find_targets(
             raise ValueError("targets must name at least one layer, or be None or 'all-linear'")
         chosen = {}
         for pattern in [targets] if isinstance(targets, str) else targets:
-            found = matches(pattern, isinstance(targets, str), everything)
-            fitting = [path for path in found if fits(everything[path], place)]
-            if found and not fitting:
+            found = named(pattern, isinstance(targets, str), everything, "target", candidates)
+            chosen[pattern] = [path for path in found if fits(everything[path], place)]
+            if not chosen[pattern]:
                 kind = type(everything[found[0]]).__name__
                 raise ValueError(f"target {pattern!r} matches {found[0]}, a {kind}; wanted {KINDS[place]}")
-            if not found:
-                leaves = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-                near = did_you_mean(pattern.rsplit(".", 1)[-1], leaves)
-                raise ValueError(
-                    f"no module matches target {pattern!r}{near}; the layers of this model that could be meant end in"
-                    f" {', '.join(leaves)}"
-                )
-            chosen[pattern] = fitting
-    dropped = {path for pattern in exclude for path in _excluded(pattern, everything)}
+    dropped = {path for pattern in exclude for path in named(pattern, False, everything, "exclude", candidates)}
     kept = {pattern: [path for path in paths if path not in dropped] for pattern, paths in chosen.items()}
     if not any(kept.values()):
-        raise ValueError(f"exclude={list(exclude)} leaves no layer of targets {targets!r}")
+        raise ValueError(f"exclude={list(exclude)} leaves no layer of targets {targets!r} (heads are none of them)")
     return {pattern: paths for pattern, paths in kept.items() if paths}
 
 
@@ -169,10 +158,14 @@ def _no_place(model: nn.Module, place: str) -> str:
     return f"{type(model).__name__} has nothing that an adapter of place {place!r} could go to ({KINDS[place]})"
 
 
+def _leaf(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
 def _by_leaf(paths: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for path in paths:
-        groups.setdefault(path.rsplit(".", 1)[-1], []).append(path)
+        groups.setdefault(_leaf(path), []).append(path)
     return groups
 
 
@@ -187,13 +180,15 @@ def matches(pattern: str, is_regex: bool, everything: Iterable[str]) -> list[str
     return [path for path in everything if compiled.fullmatch(path)]
 
 
-def _excluded(pattern: str, everything: dict[str, nn.Module]) -> list[str]:
-    found = matches(pattern, False, everything)
-    if not found:
-        raise ValueError(
-            f"exclude={pattern!r} matches no module{did_you_mean(pattern, [p.rsplit('.', 1)[-1] for p in everything])}"
-        )
-    return found
+def named(pattern: str, is_regex: bool, paths: Iterable[str], what: str, likely: Iterable[str]) -> list[str]:
+    """What `matches` finds; where that is nothing, a ValueError with the names that are likely to be meant."""
+    if found := matches(pattern, is_regex, paths):
+        return found
+    leaves = sorted({_leaf(path) for path in likely})
+    near = did_you_mean(_leaf(pattern), leaves)
+    raise ValueError(
+        f"no module matches {what} {pattern!r}{near}; the layers that it may name end in {', '.join(leaves)}"
+    )
 
 
 def check_targets(
@@ -225,7 +220,7 @@ def attach(
     check_name(model, name)
     require_unmerged(model, "attaching another adapter")
     found, copies = check_targets(model, config, targets, exclude, train_also)
-    config, adapters = build(model, config, _flat(found), _flat(copies))
+    config, adapters = build(model, config, flat(found), flat(copies))
     layers = places(model)
     _warn_of_rank(config, adapters, layers)
     put(
@@ -243,7 +238,7 @@ def attach(
     return coverage(model, name, found | copies)
 
 
-def _flat(found: dict[str, list[str]]) -> list[str]:
+def flat(found: dict[str, list[str]]) -> list[str]:
     return list(dict.fromkeys(path for paths in found.values() for path in paths))
 
 
@@ -267,7 +262,9 @@ def build(
         raise ValueError(f"the model has no layer {absent[0]!r}{did_you_mean(absent[0], layers)}")
     config = method.complete(config, {path: layers[path] for path in paths})
     adapters = {path: _build(method, config, layers[path], path) for path in paths}
-    adapters |= {path: _build(TrainedCopy, config, layers[path], path) for path in copies if path not in adapters}
+    if both := sorted(adapters.keys() & set(copies)):
+        raise ValueError(f"{both[0]} is a target and in train_also: it takes an adapter or trains in a copy, not both")
+    adapters |= {path: _build(TrainedCopy, config, layers[path], path) for path in copies}
     own = tuple(adapter for adapter in adapters.values() if not isinstance(adapter, TrainedCopy))
     for adapter in own:
         adapter.__dict__["peers"] = own  # past nn.Module, which would register them
@@ -343,17 +340,14 @@ def _warn_of_rank(config: Any, adapters: dict[str, Adapter], layers: dict[str, n
 
 def wrap(model: nn.Module, path: str) -> AdaptedLinear:
     """The AdaptedLinear at `path`, put around the layer where there is none yet."""
-    layer = model.get_submodule(path)
-    if not isinstance(layer, AdaptedLinear):
-        layer = AdaptedLinear(layer, carried(model).selection)
-        layer.training = layer.base.training
-        _replace(model, path, layer)
-    return layer
-
-
-def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    owner = model.get_submodule(parent)
+    layer = owner._modules[leaf]
+    if not isinstance(layer, AdaptedLinear):
+        layer = AdaptedLinear(layer, carried(model).selection)  # type: ignore[arg-type]
+        layer.training = layer.base.training
+        setattr(owner, leaf, layer)
+    return layer
 
 
 def train_only(model: nn.Module, name: str | None) -> None:
@@ -375,7 +369,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
         if name in layer.adapters:
             layer.remove(name)
         if not layer.adapters:
-            _replace(model, path, layer.base)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.base)
     now, left = state.selection.now, set(dict(adapted_layers(model)).values())
 
     def others(weights: Weights) -> Weights:

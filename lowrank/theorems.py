@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.active import acting, rows
-from lowrank.adapter import AdaptedLinear, Adapter, adapted_layers
+from lowrank.adapter import AdaptedLinear, Adapter, adapted_layers, dense_weight
 from lowrank.filling import adapter_state
-from lowrank.hosts import SHAPES, Host, NotOffered, close, give, host, only, randomise, settings, theorem
+from lowrank.hosts import SHAPES, Host, close, give, given, host, only, randomise, settings, theorem
 from lowrank.merging import merge, unmerge
-from lowrank.quant.linear import QuantizedLinear
 from lowrank.store import load_adapter, save_adapter
 from lowrank.targets import detach
 
@@ -39,42 +38,27 @@ def _configuration(method: type[Adapter]) -> None:
 @theorem("identity_at_init is honest")
 def _identity(method: type[Adapter]) -> None:
     only(method.place in ("linear", "sublayer"), "the method adds tokens")
-    same = True
-    for kind in ("dense", "nf4"):
-        for shape in SHAPES if method.place == "linear" else SHAPES[:1]:
-            model, x = host(method, shape, kind=kind)
-            y = model(x)
-            try:
-                give(model, method, random=False)
-            except NotOffered:
-                continue
-            # a method that edits the base rounds it once more
-            same &= bool(torch.allclose(model(x), y, atol=1e-5 if method.edits_base else 0.0, rtol=0))
+    tolerance = 1e-5 if method.edits_base else 0.0  # a method that edits the base rounds it once more
+    shapes = SHAPES if method.place == "linear" else SHAPES[:1]
+    hosts = given(method, ("dense", "nf4"), shapes, random=False)
+    same = all(torch.allclose(model(x), y, atol=tolerance, rtol=0) for _, model, x, y in hosts)
     assert same == method.identity_at_init, f"it states {method.identity_at_init}, the output says {same}"
 
 
 def _merge_agrees(method: type[Adapter], shapes: tuple[tuple[int, int], ...], bias: bool, kind: str) -> None:
     only(method.place == "linear" and method.mergeable, "not mergeable")
-    for shape in shapes:
-        model, x = host(method, shape, bias, kind)
-        give(model, method)
+    for what, model, x, _ in given(method, (kind,), shapes, bias):
         if kind == "dense":
             model, x = model.double(), x.double()
-        y = model(x)
-        merged = merged_layer(model, x.dtype)
         # fp32 on a quantized base: about I = 40 products of size 1e1 at 6e-8 each
-        close(merged(x), y, f"{shape[0]} -> {shape[1]}", 1e-8 if kind == "dense" else 1e-4)
+        close(merged_layer(model, x.dtype)(x), model(x), what, 1e-8 if kind == "dense" else 1e-4)
 
 
 def merged_layer(model: Host, dtype: torch.dtype) -> nn.Linear:
     """The dense layer by the method's own merge, in `dtype` throughout."""
     layer = model.layer
     assert isinstance(layer, AdaptedLinear)
-    if isinstance(layer.base, QuantizedLinear):
-        weight = layer.base.quantized.dequantize(torch.float32)
-    else:
-        weight = layer.base.weight.detach()  # type: ignore[assignment, operator]
-    bias = layer.base.bias
+    weight, bias = dense_weight(layer.base), layer.base.bias
     adapter = next(iter(layer.adapters.values()))
     before = weight.clone()
     try:
@@ -109,15 +93,10 @@ def _merge_nf4(method: type[Adapter]) -> None:
 @theorem("an embedding and a Conv1D are linear layers too")
 def _merge_transposed(method: type[Adapter]) -> None:
     only(method.place == "linear" and method.mergeable, "not mergeable")
-    for kind in ("conv1d", "embedding"):
-        model, x = host(method, (24, 40), kind=kind)
-        try:
-            give(model, method)
-        except NotOffered:
-            continue
+    for what, model, x, _ in given(method, ("conv1d", "embedding")):
         y = model(x)
         merge(model, "a")
-        close(model(x), y, kind, 1e-5)  # fp32: about I = 24 products of size 1e1 at 6e-8 each
+        close(model(x), y, what, 1e-5)  # fp32: about I = 24 products of size 1e1 at 6e-8 each
 
 
 @theorem("a method that is not mergeable is refused by merge")
@@ -135,16 +114,11 @@ def _refused(method: type[Adapter]) -> None:
 @theorem("merge, then unmerge, is the base bit for bit")
 def _unmerge(method: type[Adapter]) -> None:
     only(method.place == "linear" and method.mergeable, "not mergeable")
-    for kind in ("dense", "nf4"):
-        model, x = host(method, kind=kind)
-        try:
-            give(model, method)
-        except NotOffered:
-            continue
+    for what, model, x, _ in given(method, ("dense", "nf4")):
         y, old = model(x), _bits(model)
         merge(model, "a")
         unmerge(model)
-        assert torch.equal(model(x), y) and _same(old, _bits(model)), f"{kind} base: something stayed behind"
+        assert torch.equal(model(x), y) and _same(old, _bits(model)), f"{what}: something stayed behind"
 
 
 def _bits(model: nn.Module) -> dict[str, Tensor]:
@@ -157,13 +131,9 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @theorem("the base is never changed, and detach brings it back")
 def _detach(method: type[Adapter]) -> None:
-    for kind in ("dense", "nf4") if method.place == "linear" else ("dense",):
-        model, x = host(method, kind=kind)
-        base, old, y = model.layer, _bits(model), model(x)
-        try:
-            give(model, method)
-        except NotOffered:
-            continue
+    for what, model, x, y in given(method, ("dense", "nf4") if method.place == "linear" else ("dense",)):
+        base = model.layer.base
+        old = _bits(base)  # type: ignore[arg-type]
         model.train()
         model(x).float().square().sum().backward()
         _step(model)
@@ -173,8 +143,8 @@ def _detach(method: type[Adapter]) -> None:
             unmerge(model)
         detach(model, "a")
         assert model.layer is base, "detach leaves another layer behind"
-        assert _same(old, _bits(model)), f"{kind} base: its parameters changed"
-        assert torch.equal(model(x), y), f"{kind} base: its output changed"
+        assert _same(old, _bits(base)), f"{what}: its parameters changed"  # type: ignore[arg-type]
+        assert torch.equal(model(x), y), f"{what}: its output changed"
 
 
 def _step(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from lowrank.methods import loha as loha
 from lowrank.methods import lokr as lokr
 from lowrank.methods import lora as lora
 from lowrank.methods import oft as oft
+from lowrank.methods import olora as olora
 from lowrank.methods import p_tuning as p_tuning
 from lowrank.methods import pissa as pissa
 from lowrank.methods import prefix as prefix

@@ -61,8 +61,8 @@ class LoftQ(LoRA):
                     self.initial_A.copy_(self.lora_A)
                     self.initial_B.copy_(self.lora_B)
                 lost = (weight - self.quantized(weight).dequantize(torch.float32)) / self.scaling
-                for parameter, value in zip((self.lora_A, self.lora_B), principal(lost, config.rank)):
-                    parameter.copy_(value)
+                A, B = principal(lost, config.rank)
+                self.lora_A[: len(A)], self.lora_B[:, : len(A)] = A, B  # the rest of too high a rank stays as it is
 
     def quantized(self, weight: Tensor) -> QuantizedTensor:
         format, double_quant = parse_format(self.config.format)

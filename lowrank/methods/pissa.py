@@ -35,12 +35,16 @@ class PiSSA(LoRA):
         super().__init__(config, base)
         if isinstance(base, nn.Embedding):
             raise ValueError("PiSSA on an embedding is not offered: the residual of a lookup table is the whole table")
-        A, B = principal(dense_weight(base).float() / self.scaling, config.rank, config.iterations)
-        with torch.no_grad():
-            self.lora_A.copy_(A)
-            self.lora_B.copy_(B)
-        self.register_buffer("initial_A", A)  # saved with the adapter: another SVD may give other signs
-        self.register_buffer("initial_B", B)
+        A, B = self.initial(dense_weight(base).float(), config)
+        with torch.no_grad():  # a rank above min(I, O) is filled up with zeros
+            self.lora_A.copy_(F.pad(A, (0, 0, 0, config.rank - len(A))))
+            self.lora_B.copy_(F.pad(B, (0, config.rank - B.shape[1])))
+        self.register_buffer("initial_A", self.lora_A.detach().clone())  # saved: another SVD may give other signs
+        self.register_buffer("initial_B", self.lora_B.detach().clone())
+
+    def initial(self, weight: Tensor, config: PiSSAConfig) -> tuple[Tensor, Tensor]:
+        """A₀ and B₀ of W in fp32."""
+        return principal(weight / self.scaling, config.rank, config.iterations)
 
     def edit(self, base: nn.Module) -> nn.Module:
         if isinstance(base, QuantizedLinear):
@@ -70,14 +74,11 @@ class Less(nn.Module):
 
 
 def principal(weight: Tensor, rank: int, iterations: int = 0) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) whose product is the best approximation of `weight` by rank R, the two of equal size."""
+    """A (R, I) and B (O, R), equally large, whose product is the best approximation by rank R = min(rank, I, O)."""
     if iterations:
         U, S, V = torch.svd_lowrank(weight, q=min(rank, *weight.shape), niter=iterations)
         Vt = V.T
     else:
         U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
-    R = min(rank, len(S))
-    root = S[:R].clamp(min=0).sqrt()
-    A, B = torch.zeros(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
-    A[:R], B[:, :R] = root[:, None] * Vt[:R], U[:, :R] * root
-    return A, B
+    root = S[:rank].clamp(min=0).sqrt()
+    return root[:, None] * Vt[:rank], U[:, :rank] * root

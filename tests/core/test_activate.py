@@ -58,7 +58,7 @@ def test_layers_changes_the_matching_layers_only(three, ids) -> None:
     assert torch.equal(three(ids), mixed)  # `acting` put the layers' own choices back
     lowrank.activate(three, "a")
     assert three.layers[1].up_proj.active == (("a", 1.0),)
-    with pytest.raises(ValueError, match="matches no adapted layer"):
+    with pytest.raises(ValueError, match="no module matches layers"):
         lowrank.activate(three, "a", layers=["k_proj"])
 
 

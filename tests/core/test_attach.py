@@ -94,7 +94,7 @@ BAD = [
     ({"targets": ["norm"]}, "LayerNorm; wanted a linear layer"),
     ({"targets": []}, "at least one layer"),
     ({"targets": "(q_proj"}, "not a regular expression"),
-    ({"exclude": ["nothing"]}, "matches no module"),
+    ({"exclude": ["nothing"]}, "no module matches exclude"),
     ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "leaves no layer"),
     ({"train_also": ["layers"]}, "wanted a layer with a weight"),
     ({"name": ""}, "non-empty"),

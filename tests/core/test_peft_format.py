@@ -14,6 +14,7 @@ import lowrank
 from lowrank.errors import FileFormatError
 from lowrank.methods.bottleneck import HoulsbyConfig
 from lowrank.methods.lora import LoRAConfig
+from lowrank.methods.olora import OLoRAConfig
 from lowrank.methods.pissa import PiSSAConfig
 from lowrank.targets import attachments
 
@@ -96,9 +97,10 @@ def test_peft_itself_reads_what_we_write(name: str, tmp_path) -> None:
 
 
 def test_a_pissa_adapter_becomes_a_lora_of_twice_the_rank(tmp_path) -> None:
-    for stabilized in (False, True):
+    patterns = {"rank_pattern": {r"layers\.1\..*": 2}, "alpha_pattern": {r"layers\.0\..*": 3.0}}
+    for config in (PiSSAConfig(rank=4, alpha=8, **patterns), OLoRAConfig(rank=4, alpha=8, rank_stabilized=True)):
         model = base()
-        lowrank.attach(model, PiSSAConfig(rank=4, alpha=8, rank_stabilized=stabilized), ["q_proj"])
+        lowrank.attach(model, config, ["q_proj"])
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:

@@ -52,7 +52,7 @@ def test_the_command_shows_the_theorems_and_says_whether_they_hold(mine, capsys)
     broken = mine.with_name("broken.py")
     broken.write_text(mine.read_text().replace("weight - self.s", "weight - 2 * self.s").replace("reflect", "broken"))
     assert run(f"{broken}:Reflect") == 1
-    assert "FAILS   merge == forward, square and not: 24 -> 40: off by" in capsys.readouterr().out
+    assert "FAILS   merge == forward, square and not: 24 -> 40, dense: off by" in capsys.readouterr().out
     METHODS.pop("broken", None)
 
 

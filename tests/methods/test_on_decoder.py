@@ -60,6 +60,43 @@ def test_the_default_targets_are_there_and_training_moves_them(llama, name: str)
     lowrank.detach(llama)
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_train_also_stands_beside_every_method_in_fp32_on_a_16_bit_base(name: str, tmp_path) -> None:
+    def fresh():
+        return lowrank.load(LLAMA, dtype=torch.bfloat16, progress=False)[0].eval()
+
+    also = ["input_layernorm", "lm_head"] + (["embed_tokens"] if METHODS[name].place != "embeddings" else [])
+    model, ids = fresh(), torch.tensor(PROMPTS[2:])
+    before, bits = model(ids), {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    lowrank.attach(model, METHODS[name].Config(), train_also=also)
+    model(ids).float().square().sum().backward()
+    copies = {path: layer.adapters["default"] for path, layer in adapted_layers(model) if path.endswith(tuple(also))}
+    assert len(copies) == 2 + len(also) - 1  # two layers, each with its norm
+    for path, copy in copies.items():
+        assert copy.weight.dtype == torch.float32 and copy.weight.grad.any(), path
+        with torch.no_grad():
+            copy.weight -= 0.1 * copy.weight.grad.sign()
+    with torch.no_grad():  # training attends by another sum
+        trained = model(ids)
+    assert trained.dtype == torch.bfloat16 and not torch.equal(trained, before)
+    lowrank.save_adapter(model, tmp_path)
+    lowrank.detach(model)
+    assert torch.equal(model(ids), before)
+    assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
+    other = fresh()
+    lowrank.load_adapter(other, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(other(ids), trained)
+
+
+def test_a_layer_is_a_target_or_a_copy_and_never_both(llama) -> None:
+    for config, targets, also in ((LoRAConfig(), ["q_proj"], ["q_proj"]), (PromptConfig(), None, ["embed_tokens"])):
+        with pytest.raises(ValueError, match=f"{also[0]} is a target and in train_also"):
+            lowrank.attach(llama, config, targets, train_also=also)
+        assert "_lowrank" not in llama.__dict__
+
+
 @pytest.mark.parametrize("name", TOKENS)
 def test_virtual_tokens_are_seen_by_generation_once(llama, name: str) -> None:
     """With a cache, batched and left-padded, the same tokens come out as by running everything anew each time."""

@@ -20,6 +20,7 @@ from lowrank.methods.loha import LoHaConfig
 from lowrank.methods.lokr import LoKr, LoKrConfig, split
 from lowrank.methods.lora import LoRA, LoRAConfig
 from lowrank.methods.oft import OFT, OFTConfig
+from lowrank.methods.olora import OLoRA, OLoRAConfig
 from lowrank.methods.pissa import PiSSA, PiSSAConfig, principal
 from lowrank.methods.vera import VeRAConfig, projections
 from lowrank.quant.linear import QuantizedLinear, quantize_model
@@ -80,6 +81,15 @@ def test_pissa_holds_the_largest_singular_values_and_the_base_the_rest() -> None
     torch.testing.assert_close(dense_weight(adapter.edit(base)), base.weight.detach() - top, atol=1e-5, rtol=1e-4)
 
 
+def test_olora_starts_from_q_and_r_and_the_base_keeps_the_rest() -> None:
+    base = nn.Linear(24, 40)
+    adapter = OLoRA(OLoRAConfig(rank=4, alpha=8), base)
+    Q, R = torch.linalg.qr(base.weight.detach())
+    assert torch.equal(adapter.lora_A, R[:4]) and torch.equal(adapter.lora_B, Q[:, :4])
+    torch.testing.assert_close(adapter.lora_B.T @ adapter.lora_B, torch.eye(4))
+    torch.testing.assert_close(dense_weight(adapter.edit(base)), base.weight.detach() - 2 * Q[:, :4] @ R[:4])
+
+
 def test_a_randomised_svd_comes_near_the_exact_one() -> None:
     torch.manual_seed(0)
     weight = torch.randn(60, 8) @ torch.randn(8, 40) + 0.01 * torch.randn(60, 40)
@@ -93,7 +103,7 @@ def test_loftq_is_nearer_to_the_base_than_quantization_alone() -> None:
     for iterations in (1, 5):
         adapter = LoftQ(LoftQConfig(rank=16, iterations=iterations), base)
         q = adapter.quantized(weight).dequantize(torch.float32)
-        errors.append(float((q + adapter.scaling * adapter.lora_B @ adapter.lora_A - weight).norm()))
+        errors.append(float((q + adapter.scaling * adapter.lora_B @ adapter.lora_A - weight).detach().norm()))
     plain = float((_nf4(base).dequantize(torch.float32) - weight).norm())
     assert errors[1] < errors[0] < 0.9 * plain
 
