@@ -50,8 +50,9 @@ def _merge_agrees(method: type[Adapter], shapes: tuple[tuple[int, int], ...], bi
     for what, model, x, _ in given(method, (kind,), shapes, bias):
         if kind == "dense":
             model, x = model.double(), x.double()
-        # fp32 on a quantized base: about I = 40 products of size 1e1 at 6e-8 each
-        close(merged_layer(model, x.dtype)(x), model(x), what, 1e-8 if kind == "dense" else 1e-4)
+        # fp32 on a quantized base: about I = 40 products of size 1e1 at 6e-8 each; an edited base is stored in fp32
+        tolerance = 1e-4 if kind == "nf4" else 1e-6 if method.edits_base else 1e-8
+        close(merged_layer(model, x.dtype)(x), model(x), what, tolerance)
 
 
 def merged_layer(model: Host, dtype: torch.dtype) -> nn.Linear:
