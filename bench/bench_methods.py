@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora+": {"method": "lora", "rank": 32, "alpha": 64, "lr_ratio": 8.0, "lr": 7e-4},
     "dora": {"rank": 32, "alpha": 64, "lr": 2e-3},
     "loftq": {"rank": 32, "alpha": 32, "lr": 1e-3},
+    "olora": {"rank": 32, "alpha": 32, "lr": 1e-3},
     "pissa": {"rank": 32, "alpha": 32, "lr": 1e-3},
     "adalora": {"rank": 24, "target_rank": 16, "alpha": 48, "lr": 3e-3},
     "loha": {"rank": 16, "alpha": 16, "lr": 3e-3},
