@@ -230,7 +230,9 @@ def tile(
     BO, warps, stages = TILES[BM]
     grid = triton.cdiv(out_features, BO), triton.cdiv(M, BM)
     steps = I // 64
-    splits = min(splits or max(1, 4 * processors(x.device) // (grid[0] * grid[1])), max(1, steps // 4), 16)
+    if not splits:  # 4 programs a processor, of 4 steps at least; the parts to add up stay below half of W's bytes
+        fill = 4 * processors(x.device) // (grid[0] * grid[1])
+        splits = max(1, min(fill, steps // 4, I // (32 * M), 16))
     y = torch.empty(M, out_features, dtype=x.dtype, device=x.device)
     parts = y if splits == 1 else torch.empty(splits, M, out_features, device=x.device)
     _tile[(grid[0], splits, grid[1])](
