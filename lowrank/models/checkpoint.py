@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json
 from lowrank.kernels.nf4_codec import pack
-from lowrank.models.families import ModelConfig, config_from_gguf, config_from_json, family_of, gguf_name
+from lowrank.models.families import config_from_gguf, config_from_json, family_of, gguf_name
 from lowrank.models.gguf import GGUF, SAMPLE, sample_starts
 from lowrank.quant.state import STATE
 from lowrank.quant.tensor import QuantizedTensor
@@ -22,31 +22,7 @@ from lowrank.quant.tensor import QuantizedTensor
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class Checkpoint(Protocol):
-    """Weights under our model's parameter paths."""
-
-    path: Path
-    config: ModelConfig
-    quantized: str | None
-    """What the weights of its linear layers are quantized with, None where they are numbers."""
-
-    def shape(self, path: str) -> tuple[int, ...] | None:
-        """The stored shape of a parameter, None where the checkpoint does not have it."""
-
-    def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
-        """One parameter in `dtype`, on the CPU."""
-
-    def kept(self, path: str, dtype: torch.dtype) -> QuantizedTensor | None:
-        """One weight as it is stored, where that is a quantized form that the engine works with."""
-
-    def unused(self, paths: set[str]) -> list[str]:
-        """What the checkpoint holds beyond `paths`."""
-
-    def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
-        """(stored name, shape, sample of the stored bytes) of every tensor, by name."""
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> "FolderCheckpoint | GGUFCheckpoint":
     """A .gguf file, or a folder with config.json and safetensors (or one .gguf file)."""
     path = Path(path)
     if path.is_file():
@@ -79,7 +55,10 @@ def _pickle_text(path: Path) -> str:
 
 
 class FolderCheckpoint:
-    """config.json and model.safetensors, or the shards that model.safetensors.index.json names."""
+    """config.json and model.safetensors, or the shards that model.safetensors.index.json names.
+
+    Like GGUFCheckpoint it gives weights under our model's parameter paths.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,15 +72,17 @@ class FolderCheckpoint:
                 self._stored[name] = file
         self._prefix = self._find_prefix()
         four_bit = any(STATE in name for name in self._stored)
-        self.quantized = "bitsandbytes 4 bit" if four_bit else None
+        self.quantized = "bitsandbytes 4 bit" if four_bit else None  # None: its linear layers are numbers
 
     def shape(self, path: str) -> tuple[int, ...] | None:
+        """The stored shape of a parameter, None where the checkpoint does not have it."""
         name = self._name(path)
         if self._is_quantized(name):
             return self._quantized(name).shape
         return tuple(self._slice(name).get_shape()) if name in self._stored else None
 
     def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
+        """One parameter in `dtype`, on the CPU."""
         name = self._name(path)
         value: Tensor = self._files[self._stored[name]].get_tensor(name)
         if not value.is_floating_point():
@@ -109,6 +90,7 @@ class FolderCheckpoint:
         return value.to(dtype)
 
     def kept(self, path: str, dtype: torch.dtype) -> QuantizedTensor | None:
+        """One weight as it is stored, where that is a quantized form that the engine works with."""
         name = self._name(path)
         return replace(self._quantized(name), dtype=dtype) if self._is_quantized(name) else None
 
@@ -124,11 +106,13 @@ class FolderCheckpoint:
             raise FileFormatError(f"{self._stored[name]}: {error}") from error
 
     def unused(self, paths: set[str]) -> list[str]:
+        """What the checkpoint holds beyond `paths`."""
         wanted = {self._name(path) for path in paths}
         left = (name for name in self._stored if name not in wanted)
         return sorted(name for name in left if not any(name.startswith(f"{path}.") for path in _parents(name, wanted)))
 
     def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
+        """(stored name, shape, sample of the stored bytes) of every tensor, by name."""
         raw = {file: _Raw(file) for file in set(self._stored.values())}
         for name in sorted(self._stored):
             yield name, tuple(self._slice(name).get_shape()), raw[self._stored[name]].sample(name)
@@ -281,6 +265,9 @@ KEPT = {"Q4_0": ("int4", 2), "Q4_1": ("int4-affine", 4), "Q8_0": ("int8", 2)}  #
 def unpermuted(rows: int, heads: int) -> Tensor:
     """The row order that undoes the file's: each head's pairs of neighbours become two halves again.  (rows,)"""
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+
+
+Checkpoint = FolderCheckpoint | GGUFCheckpoint
 
 
 def base_hash(checkpoint: Checkpoint) -> str:

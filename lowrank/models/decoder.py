@@ -105,38 +105,27 @@ class KVCache:
             held[:] = [kv[rows] for kv in held]
 
 
-class _Spread(torch.autograd.Function):
-    """The first rows to their places in a larger tensor, zeros elsewhere; backward takes them back."""
+class _Moved(torch.autograd.Function):
+    """Rows to their places in a larger tensor (`spread`), or from there to its front; zeros elsewhere.
+
+    Each way is the other one's backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int, spread: bool) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.shape = x.shape
+        ctx.back = (len(x), not spread)
+        return _moved(x, index, rows, spread)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _moved(grads[0], *ctx.saved_tensors, *ctx.back), None, None, None
+
+
+def _moved(x: Tensor, index: Tensor, rows: int, spread: bool) -> Tensor:
+    if spread:
         return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x[: len(index)])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return _collected(grads[0], index, ctx.shape), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """The inverse of _Spread."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return _collected(x, index, (rows, *x.shape[1:]))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        index = ctx.saved_tensors[0]
-        return grads[0].new_zeros(ctx.shape).index_copy_(0, index, grads[0][: len(index)]), None, None
-
-
-def _collected(x: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    out = x.new_empty(shape)
+    out = x.new_empty(rows, *x.shape[1:])
     torch.index_select(x, 0, index, out=out[: len(index)])
     out[len(index) :] = 0
     return out
@@ -178,10 +167,10 @@ class Packing:
 
     def collect(self, x: Tensor) -> Tensor:
         """(B, W, D) -> (1, N, D)"""
-        return _Collect.apply(x.flatten(0, 1), self.aligned, self.filled)[None]  # type: ignore[no-untyped-call, no-any-return]
+        return _Moved.apply(x.flatten(0, 1), self.aligned, self.filled, False)[None]  # type: ignore[no-untyped-call, no-any-return]
 
     def _spread(self, x: Tensor, index: Tensor, width: int) -> Tensor:
-        full: Tensor = _Spread.apply(x, index, self.batch * width)  # type: ignore[no-untyped-call]
+        full: Tensor = _Moved.apply(x, index, self.batch * width, True)  # type: ignore[no-untyped-call]
         return full.view(self.batch, width, *x.shape[1:])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
@@ -21,68 +21,6 @@ from lowrank.files import read_json
 from lowrank.models.checkpoint import Checkpoint, GGUFCheckpoint
 from lowrank.models.gguf_vocabulary import KINDS, adds_bos, build
 from lowrank.models.templates import render, template_text
-
-
-class Vocabulary(Protocol):
-    """What encodes and decodes: the two back ends below."""
-
-    size: int
-
-    @property
-    def hash(self) -> str: ...
-
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
-    def token(self, id: int) -> str: ...
-    def id(self, token: str) -> int | None: ...
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    vocabulary: Vocabulary
-    bos_id: int | None = None
-    eos_id: int | None = None
-    pad_id: int | None = None
-    eos_ids: frozenset[int] = frozenset()
-    """Every token that ends an answer."""
-    chat_template: str | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        return self.vocabulary.size
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the vocabulary and its rules, without the template."""
-        return self.vocabulary.hash
-
-    @property
-    def policy(self) -> dict[str, Any]:
-        """What begins, ends and fills up a text: BOS and whether plain text gets it, every end token, padding."""
-        bos = self.bos_id is not None and self.bos_id in self.encode("a", add_special=True)[:1]
-        return {"bos": self.bos_id, "adds_bos": bos, "eos": sorted(self.eos_ids), "pad": self.pad_id}
-
-    def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """Ids of a text. `add_special` puts the tokenizer's own BOS / EOS around it, where it has a rule for that."""
-        return self.vocabulary.encode(text, add_special, parse_special)
-
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        return self.vocabulary.decode(list(ids), skip_special)
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        """The conversation as text; encode it with `parse_special=True` and without `add_special`."""
-        if self.chat_template is None:
-            raise ValueError("this tokenizer has no chat template; choose one, e.g. tokenizer.with_template('chatml')")
-        return render(self.chat_template, messages, add_generation_prompt, self._special)
-
-    def with_template(self, name_or_text: str) -> "Tokenizer":
-        """The same tokenizer with a built-in chat template (by name) or the given one (its text)."""
-        return replace(self, chat_template=template_text(name_or_text))
-
-    @property
-    def _special(self) -> dict[str, str]:
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        return {name: "" if id is None else self.vocabulary.token(id) for name, id in ids.items()}
 
 
 class FastVocabulary:
@@ -160,6 +98,57 @@ class PieceVocabulary:
     def id(self, token: str) -> int | None:
         found = self.inner.piece_to_id(token)
         return found if self.inner.id_to_piece(found) == token else None
+
+
+Vocabulary = FastVocabulary | PieceVocabulary
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    vocabulary: Vocabulary
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    eos_ids: frozenset[int] = frozenset()
+    """Every token that ends an answer."""
+    chat_template: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the vocabulary and its rules, without the template."""
+        return self.vocabulary.hash
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """What begins, ends and fills up a text: BOS and whether plain text gets it, every end token, padding."""
+        bos = self.bos_id is not None and self.bos_id in self.encode("a", add_special=True)[:1]
+        return {"bos": self.bos_id, "adds_bos": bos, "eos": sorted(self.eos_ids), "pad": self.pad_id}
+
+    def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Ids of a text. `add_special` puts the tokenizer's own BOS / EOS around it, where it has a rule for that."""
+        return self.vocabulary.encode(text, add_special, parse_special)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        return self.vocabulary.decode(list(ids), skip_special)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """The conversation as text; encode it with `parse_special=True` and without `add_special`."""
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template; choose one, e.g. tokenizer.with_template('chatml')")
+        return render(self.chat_template, messages, add_generation_prompt, self._special)
+
+    def with_template(self, name_or_text: str) -> "Tokenizer":
+        """The same tokenizer with a built-in chat template (by name) or the given one (its text)."""
+        return replace(self, chat_template=template_text(name_or_text))
+
+    @property
+    def _special(self) -> dict[str, str]:
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: "" if id is None else self.vocabulary.token(id) for name, id in ids.items()}
 
 
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer | None:
