@@ -39,14 +39,10 @@ class Host(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(getattr(self.layer, "base", self.layer), Slot) and x.dim() == 3 and self.sublayer:
+        slot = getattr(self.layer, "base", self.layer)
+        if isinstance(slot, Slot) and slot.place == "sublayer":
             return self.layer(x, torch.tanh(x.flip(-1)))  # type: ignore[no-any-return]
         return self.layer(x)  # type: ignore[no-any-return]
-
-    @property
-    def sublayer(self) -> bool:
-        slot = getattr(self.layer, "base", self.layer)
-        return isinstance(slot, Slot) and slot.place == "sublayer"
 
 
 def host(

@@ -10,9 +10,7 @@ al., 2022, arXiv:2210.17323):
 The scales are given (those of plain rounding, or the base's own), so the stored form is the same; only codes differ.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,45 +23,30 @@ from lowrank.quant.tensor import QuantizedTensor
 DAMPING = 0.01  # λ as a share of H's mean diagonal: keeps the factor finite where inputs are degenerate
 
 
-@dataclass
-class Inputs:
-    """H = Xᵀ X of each layer's inputs. Layers that are called with the same tensor share one H."""
+@torch.no_grad()
+def collect(model: nn.Module, layers: dict[str, AdaptedLinear], batches: list[Tensor]) -> dict[str, Tensor]:
+    """H = Xᵀ X of each layer over batches of token ids, as the model stands now."""
+    grams: dict[str, Tensor] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}  # layers that are called with the same tensor share one product
 
-    grams: dict[str, Tensor] = field(default_factory=dict)
-    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def add(path: str, x: Tensor) -> None:
+        if id(x) not in seen:
+            rows = x.flatten(0, -2).float()
+            seen[id(x)] = x, rows.T @ rows  # x is kept so that its id stays its own
+        grams[path] = grams[path] + seen[id(x)][1] if path in grams else seen[id(x)][1]
 
-    def add(self, path: str, x: Tensor) -> None:
-        if id(x) not in self.seen:
-            rows = x.detach().flatten(0, -2).float()
-            self.seen[id(x)] = x, rows.T @ rows  # x is kept so that its id stays its own
-        gram = self.seen[id(x)][1]
-        known = self.grams.get(path)
-        self.grams[path] = gram if known is None else known + gram
-
-
-@contextmanager
-def watched(layers: dict[str, AdaptedLinear], inputs: Inputs) -> Iterator[None]:
-    """Inside the block, what these layers are called with is collected."""
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, path=path: inputs.add(path, args[0]))
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, path=path: add(path, args[0]))
         for path, layer in layers.items()
     ]
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def collect(model: nn.Module, layers: dict[str, AdaptedLinear], batches: list[Tensor]) -> dict[str, Tensor]:
-    """H of each layer over batches of token ids, as the model stands now."""
-    inputs = Inputs()
-    with watched(layers, inputs):
         for ids in batches:
             model(ids)
-            inputs.seen.clear()
-    return inputs.grams
+            seen.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return grams
 
 
 class Grid:

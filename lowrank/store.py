@@ -83,14 +83,8 @@ def load_adapter(
     tensors = read_tensors(folder / TENSORS)
     config, adapters = build(model, config, paths, copies)  # not on the model yet: an error leaves it as it was
     fill(adapters, tensors, folder)
-    attachment = Attachment(
-        method=description["method"],
-        config=config,
-        targets=description.get("targets"),
-        train_also=tuple(description["train_also"]),
-        layers=tuple(description["layers"]),
-    )
-    put(model, name, adapters, attachment)
+    also, layers = tuple(description["train_also"]), tuple(description["layers"])
+    put(model, name, adapters, Attachment(description["method"], config, description.get("targets"), also, layers))
     if not trainable:
         train_only(model, None)
     return name

@@ -221,20 +221,9 @@ def attach(
     require_unmerged(model, "attaching another adapter")
     found, copies = check_targets(model, config, targets, exclude, train_also)
     config, adapters = build(model, config, flat(found), flat(copies))
-    layers = places(model)
-    _warn_of_rank(config, adapters, layers)
-    put(
-        model,
-        name,
-        adapters,
-        Attachment(
-            method=method.method,
-            config=config,
-            targets=list(targets) if isinstance(targets, list | tuple) else targets,  # type: ignore[arg-type]
-            train_also=tuple(train_also),
-            layers=tuple(adapters),
-        ),
-    )
+    _warn_of_rank(config, adapters, places(model))
+    asked: Any = targets if targets is None or isinstance(targets, str) else list(targets)
+    put(model, name, adapters, Attachment(method.method, config, asked, tuple(train_also), tuple(adapters)))
     return coverage(model, name, found | copies)
 
 
