@@ -112,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN")
     command.add_argument("--to", choices=("dense", "nf4"), default="dense", help="numbers, or bitsandbytes' 4 bits")
     command.add_argument("--force", action="store_true", help="merge even where little of the update survives")
+    command.add_argument("--calibrate", metavar="FILE", help="text to round for: NF4 then keeps several times as much")
+    command.add_argument("--text", metavar="FILE", help="text on which the change of the logits is measured")
     command.add_argument("--out", metavar="FOLDER", help="a new folder (default: RUN/merged-dense or RUN/merged-nf4)")
 
     command = add(
@@ -241,15 +243,21 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    import torch
+
     from lowrank.merging import merge
     from lowrank.models.export import export_hf, own_generation
     from lowrank.training.contract import as_served, contract, warn_of_differences
     from lowrank.training.reopen import reopen
 
+    if args.calibrate and args.to != "nf4":
+        raise ConfigError("--calibrate chooses the codes of --to nf4; a dense merge rounds each number to the nearest")
     out = _new(args.out or f"{args.run_folder}/merged-{args.to}")
     model: Any
     model, tokenizer = reopen(args.run_folder)
-    report = merge(model, "default", to=args.to, force=args.force)
+    calibration = _windows(tokenizer, args.calibrate) if args.calibrate else None
+    text = torch.cat(_windows(tokenizer, args.text)) if args.text else None
+    report = merge(model, "default", to=args.to, force=args.force, calibration=calibration, text=text)
     for path, share in sorted(report.survival.items(), key=lambda item: item[1]):
         print(f"{share:8.2%}  {path}")
     print(report)
@@ -257,6 +265,16 @@ def _merge(args: argparse.Namespace) -> int:
     export_hf(model, tokenizer, out, quantized=args.to == "nf4", generation=contract(args.run_folder) or None)
     print(f"wrote {out}")
     return 0
+
+
+def _windows(tokenizer: Any, path: str, width: int = 256) -> list[Any]:
+    """The ids of a text file, (1, width) each; a shorter text is one window, the rest of a longer one is left out."""
+    import torch
+
+    ids = torch.tensor(tokenizer.encode(Path(path).read_text(encoding="utf-8")))
+    if len(ids) < 2:
+        raise ConfigError(f"{path} holds no text")
+    return [window[None] for window in ids.split(width) if len(window) in (width, len(ids))]
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -123,10 +123,10 @@ def merge(
             getattr(report, column)[path] = share
     path, share = report.lowest
     if to == "nf4" and share < MIN_SURVIVAL and not force:
+        other = "" if grams else " round for the output with calibration=ids,"
         raise ValueError(
             f"merging into nf4 would keep {share:.1%} of the update in {path} ({report.mean:.1%} on average), below"
-            f" {MIN_SURVIVAL:.0%}: merge to='dense', keep the adapter beside the base, round for the output with"
-            " calibration=ids, or pass force=True"
+            f" {MIN_SURVIVAL:.0%}: merge to='dense',{other} keep the adapter beside the base, or pass force=True"
         )
     for path, layer in layers.items():
         layer.unmerged = (layer.base,)

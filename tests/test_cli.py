@@ -62,6 +62,11 @@ def test_adapters_test_proves_a_file_of_the_user_s_own(tmp_path, capsys) -> None
     assert "FAILS" in capsys.readouterr().out
 
 
+def test_a_dense_merge_takes_no_calibration(capsys) -> None:
+    assert main(["merge", "a-run", "--calibrate", "text.txt"]) == 2
+    assert "--calibrate chooses the codes of --to nf4" in capsys.readouterr().err
+
+
 def test_doctor_says_what_is_there(capsys) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out

@@ -86,5 +86,7 @@ def test_a_refusal_names_the_way_out() -> None:
     model, calibration, text = adapted(0.01)
     before = model(text)
     with pytest.raises(ValueError, match=r"keep \d+\.\d% of the update .*calibration=ids"):
+        lowrank.merge(model, to="nf4")
+    with pytest.raises(ValueError, match=r"keep \d+\.\d% of the update .*beside the base, or pass force=True"):
         lowrank.merge(model, to="nf4", calibration=calibration)
     assert torch.equal(model(text), before)
