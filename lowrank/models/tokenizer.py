@@ -56,48 +56,57 @@ class FastVocabulary:
         return found
 
 
-class PieceVocabulary:
-    """A sentencepiece model. Control pieces, which it never parses, are cut out of the text first."""
+CHATGLM = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+"""ChatGLM's own tokens: they follow the pieces in this order, and no file says so."""
 
-    def __init__(self, model: bytes, where: str) -> None:
+
+class PieceVocabulary:
+    """A sentencepiece model. Control pieces and `added` tokens, which it never parses, are cut out of a text first."""
+
+    def __init__(self, model: bytes, where: str, added: dict[str, int] | None = None, chatglm: bool = False) -> None:
         import sentencepiece
 
         try:
             self.inner = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError, ValueError, OSError) as error:
             raise FileFormatError(f"{where} is damaged or no sentencepiece model: {error}") from error
-        self.size: int = self.inner.get_piece_size()
-        self.hash = hashlib.sha256(model).hexdigest()
-        control = [self.inner.id_to_piece(i) for i in range(self.size) if self.inner.is_control(i)]
-        self._special = {piece: self.inner.piece_to_id(piece) for piece in control if piece}
+        self.pieces: int = self.inner.get_piece_size()
+        self.added = {name: self.pieces + i for i, name in enumerate(CHATGLM)} if chatglm else added or {}
+        self.names = {id: name for name, id in self.added.items()}
+        self.size = max(self.pieces, *(id + 1 for id in self.names)) if self.names else self.pieces
+        self.hash = hashlib.sha256(model + json.dumps(self.added or "").encode() if self.added else model).hexdigest()
+        control = [self.inner.id_to_piece(i) for i in range(self.pieces) if self.inner.is_control(i)]
+        self._special = {piece: self.inner.piece_to_id(piece) for piece in control if piece} | self.added
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")")
+        begin = [self.added["[gMASK]"], self.added["sop"]] if chatglm else [self.inner.bos_id()]
+        self._begin = [id for id in begin if id >= 0]
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         ids: list[int] = []
         for part in self._split.split(text) if parse_special and self._special else [text]:
             ids += [self._special[part]] if parse_special and part in self._special else self.inner.encode(part)
-        bos = self.inner.bos_id()
-        return [bos, *ids] if add_special and bos >= 0 else ids
+        return [*self._begin, *ids] if add_special else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        if skip_special:
-            return str(self.inner.decode([i for i in ids if not self.inner.is_control(i)]))
         parts: list[str] = []
         run: list[int] = []
-        for i in ids:
-            if self.inner.is_control(i):
-                parts += [self.inner.decode(run), self.inner.id_to_piece(i)]
+        for i in [i for i in ids if not (skip_special and self._is_special(i))]:
+            if self._is_special(i):
+                parts += [self.inner.decode(run), self.token(i)]
                 run = []
             else:
                 run.append(i)
         return "".join([*parts, self.inner.decode(run)])
 
+    def _is_special(self, id: int) -> bool:
+        return not 0 <= id < self.pieces or self.inner.is_control(id)
+
     def token(self, id: int) -> str:
-        return str(self.inner.id_to_piece(id)) if 0 <= id < self.size else ""
+        return self.names.get(id) or (str(self.inner.id_to_piece(id)) if 0 <= id < self.pieces else "")
 
     def id(self, token: str) -> int | None:
-        found = self.inner.piece_to_id(token)
-        return found if self.inner.id_to_piece(found) == token else None
+        found = self.added.get(token, self.inner.piece_to_id(token))
+        return found if self.token(found) == token else None
 
 
 Vocabulary = FastVocabulary | PieceVocabulary
@@ -193,8 +202,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         except Exception as error:  # the library raises plain Exceptions
             raise FileFormatError(f"{file} is damaged or no tokenizer.json: {error}") from error
     else:
-        vocabulary = PieceVocabulary(file.read_bytes(), str(file))
+        settings = _object(file.parent / "tokenizer_config.json")
+        chatglm = settings.get("tokenizer_class") == "ChatGLMTokenizer"
+        vocabulary = PieceVocabulary(file.read_bytes(), str(file), _added(settings), chatglm)
     return _with_settings(vocabulary, file.parent)
+
+
+def _added(settings: dict[str, Any]) -> dict[str, int]:
+    """{text: id} of `added_tokens_decoder`, in which a tokenizer_config.json names tokens beyond the vocabulary."""
+    listed = settings.get("added_tokens_decoder")
+    rows = listed.items() if isinstance(listed, dict) else ()
+    named = {id: token.get("content") for id, token in rows if isinstance(token, dict) and id.isdecimal()}
+    return {text: int(id) for id, text in named.items() if isinstance(text, str) and text and len(id) < 9}
 
 
 def _with_settings(vocabulary: Vocabulary, folder: Path) -> Tokenizer:
@@ -219,6 +238,8 @@ def _with_settings(vocabulary: Vocabulary, folder: Path) -> Tokenizer:
     eos = id_of("eos")
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [ends]
+    if isinstance(vocabulary, PieceVocabulary) and "[gMASK]" in vocabulary.added:  # an answer ends where a turn begins
+        ends = [*ends, vocabulary.added["<|user|>"], vocabulary.added["<|observation|>"]]
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones: the default
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

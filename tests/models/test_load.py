@@ -1,6 +1,8 @@
 """Loading from folders: what must be refused, and what a model remembers of its source."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import lowrank
 from lowrank.errors import ConfigError, FileFormatError
+from lowrank.models.decoder import Decoder
+from lowrank.models.families import config_from_json
 from lowrank.models.load import load
 from lowrank.quant.linear import QuantizedLinear, quantize_model
 
@@ -195,3 +199,54 @@ def test_a_damaged_bitsandbytes_checkpoint(copied, tmp_path: Path) -> None:
 def test_nothing_to_keep() -> None:
     with pytest.raises(ValueError, match="has nothing to keep"):
         load(MODELS / "llama", quantize="keep", progress=False)
+
+
+STREAMED = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from lowrank.models.load import load
+
+def anonymous() -> int:
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+load(sys.argv[1], quantize="nf4-dq", device="cpu", progress=False)  # libraries and their buffers
+before, peak, done = anonymous(), 0, False
+
+def watch() -> None:
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model, _ = load(sys.argv[2], quantize="nf4-dq", device="cpu", progress=False)
+done = True
+watcher.join()
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print(peak - before, size)
+"""
+
+
+def test_loading_streams(copied, tmp_path: Path) -> None:
+    """Beyond the model's own size: the largest tensor in fp32 and what quantizing it needs; never the file."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    raw = json.loads((MODELS / "llama" / "config.json").read_text())
+    raw |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 256}
+    (folder / "config.json").write_text(json.dumps(raw | {"num_attention_heads": 8, "num_key_value_heads": 8}))
+    with torch.device("meta"):
+        model = Decoder(config_from_json(raw | {"num_attention_heads": 8, "num_key_value_heads": 8}))
+    save_file({k: torch.randn(v.shape) for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMED, str(MODELS / "llama"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    growth, size = map(int, done.stdout.split())
+    file, largest = (folder / "model.safetensors").stat().st_size, 4 * 512 * 2048
+    assert file > 200e6 and size < 40e6
+    assert growth < size + 5 * largest, f"{growth / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"

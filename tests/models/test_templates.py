@@ -1,7 +1,14 @@
 """Chat templates: the built-in ones, a checkpoint's own, and what the sandbox stops."""
 
+import json
+import shutil
+
 import pytest
 
+from lowrank.data.batches import collate
+from lowrank.data.records import Record
+from lowrank.data.render import IGNORE, Renderer
+from lowrank.models.load import load_tokenizer_of
 from lowrank.models.templates import BUILT_IN, render, template_text
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -62,3 +69,29 @@ def test_tags_that_checkpoints_use() -> None:
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ {'a': 'é'} | tojson }}{{ strftime_now('%Y')[:2] }}"
     )
     assert render(template, CHAT, False, SPECIAL) == 'Q1A1Q2{"a": "é"}20'
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_training_and_generation_have_exactly_the_template_s_bos(name: str, talking_folder) -> None:
+    """No BOS is put before what the template writes, and none of the template's is lost."""
+    tokenizer = load_tokenizer_of(talking_folder, name)
+    record = Record(instruction="Q1", output="A1")
+    text = tokenizer.apply_chat_template(record.conversation()[:1], add_generation_prompt=True)
+    wanted = text.count("<|im_start|>")  # the tokenizer's BOS
+    renderer = Renderer(tokenizer)
+    assert renderer.prompt_ids(record).count(tokenizer.bos_id) == wanted
+    assert renderer.example(record).input_ids.count(tokenizer.bos_id) == wanted
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml", "mistral"])
+def test_the_end_is_learned_also_where_it_is_the_padding(name: str, talking_folder, tmp_path) -> None:
+    shutil.copytree(talking_folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|im_end|>"}))
+    tokenizer = load_tokenizer_of(tmp_path, name)
+    assert tokenizer.pad_id == tokenizer.eos_id == 2
+    examples = [Renderer(tokenizer).example(Record(instruction="Q", output=answer)) for answer in ("A", "a longer one")]
+    batch = collate(examples, tokenizer.pad_id)
+    for row, example in zip(batch["labels"].tolist(), examples):
+        padding = [IGNORE] * (len(row) - len(example.labels))
+        assert example.labels[-1] == 2 and row == example.labels + padding and row.count(2) == 1

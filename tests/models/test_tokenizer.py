@@ -131,3 +131,48 @@ def test_sentencepiece_bpe_from_gguf_metadata() -> None:
     assert tokenizer.encode("a</s>", parse_special=True)[-1] == 2 and 2 not in tokenizer.encode("a</s>")
     with pytest.raises(FileFormatError, match="1 scores for 267 tokens"):
         gguf_tokenizer({**metadata, "tokenizer.ggml.scores": [1.0]}, "x.gguf")
+
+
+@pytest.fixture
+def chatglm(tmp_path: Path):
+    """ChatGLM3's tokenizer over a stand-in vocabulary: sentencepiece's test model instead of its own 64,789 pieces."""
+    (tmp_path / "tokenizer.model").write_bytes((FIXTURES / "test_model.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ChatGLMTokenizer"}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
+    return load_tokenizer(tmp_path).with_template("chatglm3")
+
+
+def test_chatglm3_s_chat_format(chatglm) -> None:
+    """The published tokenizer's order of special tokens; between them role line and content, each encoded by itself."""
+    raw = json.loads((FIXTURES / "chatglm3_chat.json").read_text(encoding="utf-8"))
+    first = min(raw["special_tokens"].values())
+    theirs = {id: name for name, id in raw["special_tokens"].items()}
+    assert [chatglm.vocabulary.id(name) for name in theirs.values()] == [1000 + id - first for id in theirs]
+    for case in raw["chat"]:
+        messages = [*case["history"], {"role": "user", "content": case["query"]}]
+        ids = chatglm.encode(chatglm.apply_chat_template(messages, add_generation_prompt=True), parse_special=True)
+        specials = [chatglm.vocabulary.token(i) for i in ids if i >= 1000]
+        assert specials == [theirs[i] for i in case["ids"] if i >= first]
+        wanted = [chatglm.vocabulary.id("[gMASK]"), chatglm.vocabulary.id("sop")]
+        for message in messages:
+            wanted += [chatglm.vocabulary.id(f"<|{message['role']}|>"), *chatglm.encode("\n")]
+            wanted += chatglm.encode(message["content"])
+        assert ids == [*wanted, chatglm.vocabulary.id("<|assistant|>")]
+
+
+def test_chatglm3_s_plain_text_ends_and_decoding(chatglm) -> None:
+    plain = chatglm.encode("Hello", add_special=True)
+    assert plain[:2] == [1001, 1003] and chatglm.vocab_size == 1009
+    assert chatglm.eos_ids == {2, 1006, 1008} and chatglm.pad_id == 0 and not chatglm.policy["adds_bos"]
+    assert chatglm.decode(plain) == "Hello" and chatglm.decode([*plain, 1006, 5000]) == "Hello"
+    assert chatglm.decode([1006, *chatglm.encode("Hello")], skip_special=False) == "<|user|>Hello"
+
+
+def test_tokens_that_a_configuration_adds_to_a_sentencepiece_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((FIXTURES / "test_model.model").read_bytes())
+    added = {"1000": {"content": "<pad>"}, "1002": {"content": "<tool>"}, "x": {"content": "y"}, "7": 3}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "pad_token": "<pad>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_id == 1000 and tokenizer.vocab_size == 1003
+    assert tokenizer.encode("Hello<tool>", parse_special=True)[-1] == 1002
+    assert tokenizer.hash != load_tokenizer(FIXTURES / "test_model.model").hash
