@@ -70,8 +70,9 @@ class Rows:
         return torch.cat(parts)[torch.cat([index for _, index in plan.parts]).argsort()]
 
     def _plan(self, layer: "AdaptedLinear", x: Tensor) -> _Plan:
-        rows = [tuple(layer.acting(row)) for row in self.choices]
-        same = {row: [i for i, other in enumerate(rows) if other == row] for row in rows}
+        rows, same = [tuple(layer.acting(row)) for row in self.choices], dict[Any, list[int]]()
+        for i, row in enumerate(rows):
+            same.setdefault(row, []).append(i)
         plan = _Plan([(list(row), torch.tensor(index, device=x.device)) for row, index in same.items()], None, [], [])
         adapters = {adapter for row in rows for _, adapter, _ in row}
         methods = {type(adapter) for adapter in adapters}

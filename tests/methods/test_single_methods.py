@@ -38,6 +38,18 @@ def test_the_scaling_of_lora_and_rslora(stabilized: bool) -> None:
     assert adapter.scaling == (4.0 if stabilized else 2.0)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_lora_under_autocast_is_its_forward(grad: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(24, 40)), torch.randn(50, 24)
+    lowrank.attach(model, LoRAConfig(rank=4), ["0"])
+    layer = model[0]
+    randomise(layer.adapters["default"], 0)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, layer.adapters["default"](x, layer.base(x), layer.base))
+
+
 def test_lora_plus_trains_b_faster() -> None:
     model = net(8, 8)
     lowrank.attach(model, LoRAConfig(rank=2, lr_ratio=16), ["0"])
