@@ -287,8 +287,8 @@ class _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    """A finite number that fp32 holds (and no bool, which Python counts as one)."""
-    return type(value) in (int, float) and -1e38 < value < 1e38
+    """A number that fp32 arithmetic has room for (and no bool, which Python counts as one)."""
+    return type(value) in (int, float) and -1e15 < value < 1e15
 
 
 def _read(family: Family, raw: Mapping[str, Any], where: str) -> ModelConfig:
@@ -442,7 +442,7 @@ def _check_rope_option(key: str, value: Any, frequencies: int, kind: str, where:
     elif key in ("truncate", "mrope_interleaved", "finetuned") or (value is None and key not in _ROPE_NEEDS[kind]):
         fits = value is None or isinstance(value, bool)
     else:
-        fits = _is_number(value) and value > 0
+        fits = _is_number(value) and value > (1 if key == "original_max_position_embeddings" else 0)
     if not fits:
         raise ConfigError(f"{where}: rope type {kind!r} cannot work with {key} = {str(value)[:80]}")
 
