@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lowrank.kernels.dispatch import cast, dot, launches, multiplies, store, tl, triton
 
-# a tensor (O, I), or (x, bias) -> x Wᵀ + b in memory of its own, and dy -> dy W
-Weight = Tensor | tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[Tensor], Tensor]]
+# a tensor (O, I), or (x, bias=) -> x Wᵀ + b in memory of its own, and dy -> dy W
+Weight = Tensor | tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -85,7 +85,7 @@ class _LoRALinear(torch.autograd.Function):
         h = F.linear(rows, _stacked(factors[:n], x.dtype))  # (M, ΣR)
         ys = []
         for W, bias, s, B, part in zip(weights, biases, scalings, factors[n:], _parts(h, factors[:n])):
-            y = F.linear(rows, W, bias) if isinstance(W, Tensor) else W[0](rows, bias)
+            y = F.linear(rows, W, bias) if isinstance(W, Tensor) else W[0](rows, bias=bias)
             ys.append(add_low_rank(y, part, B, s).view(*x.shape[:-1], len(B)))
         ctx.save_for_backward(x, h, *factors, *(W for W in weights if isinstance(W, Tensor)))
         ctx.layers = [None if isinstance(W, Tensor) else W for W in weights], scalings
@@ -103,12 +103,9 @@ class _LoRALinear(torch.autograd.Function):
         g = torch.cat([s * (dy @ B.to(dy.dtype)) for s, dy, B in zip(scalings, dys, Bs)], dim=1)  # (M, ΣR)
         dx, dAs, dBs = None, [None] * n, [None] * n
         if needs[0]:
-            for dy, W in zip(dys, weights):
-                if dx is not None and isinstance(W, Tensor):
-                    dx.addmm_(dy, W)
-                else:
-                    part = dy @ W if isinstance(W, Tensor) else W[1](dy)
-                    dx = part if dx is None else dx.add_(part)
+            dx = _back(dys[0], weights[0])
+            for dy, W in zip(dys[1:], weights[1:]):
+                dx = dx.addmm_(dy, W) if isinstance(W, Tensor) else dx.add_(_back(dy, W))
             dx = add_low_rank(dx, g, _stacked(As, x.dtype).T).view(x.shape)
         if any(needs[first : first + n]):
             dAs = [dA.to(A.dtype) for dA, A in zip((g.T @ rows).split([len(A) for A in As]), As)]
@@ -117,6 +114,11 @@ class _LoRALinear(torch.autograd.Function):
             sums = [s * (part.T @ dy) for s, dy, part in zip(scalings, dys, _parts(h, As))]
             dBs = [dB.T.to(B.dtype, memory_format=torch.contiguous_format) for dB, B in zip(sums, Bs)]
         return dx, None, None, None, *dAs, *dBs
+
+
+def _back(dy: Tensor, weight: Weight) -> Tensor:
+    """dy W"""
+    return dy @ weight if isinstance(weight, Tensor) else weight[1](dy)
 
 
 def _stacked(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

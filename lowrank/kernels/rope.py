@@ -58,12 +58,13 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kernel: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.how = interleaved, kernel
+        ctx.interleaved, ctx.kernel = interleaved, kernel
         return _turned(x, cos, sin, interleaved, kernel)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _turned(grads[0], *ctx.saved_tensors, *ctx.how, -1.0), None, None, None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, ctx.interleaved, ctx.kernel, sign=-1.0), None, None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kernel: bool, sign: float = 1.0) -> Tensor:

@@ -52,7 +52,6 @@ class _RowNorm(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, A: Tensor, B: Tensor, scaling: float, squares: Tensor, kernel: bool
     ) -> Tensor:
-        wa = None if kernel else (weight @ A.to(weight.dtype).T).to(A.dtype)
         if kernel:
             (O, I), R = weight.shape, len(A)
             change = torch.empty(O, device=weight.device)
@@ -60,6 +59,7 @@ class _RowNorm(torch.autograd.Function):
             sizes = *weight.stride(), O, I, R
             _change[(triton.cdiv(O, 32),)](weight, A.contiguous(), B.contiguous(), change, scaling, *sizes, **tile)
         else:
+            wa = (weight @ A.to(weight.dtype).T).to(A.dtype)  # (O, R)
             change = 2 * scaling * (wa * B).sum(1) + scaling**2 * (B @ (A @ A.T) * B).sum(1)
         norm = (squares + change).clamp(min=0).sqrt().to(A.dtype)
         ctx.save_for_backward(weight, A, B, norm)

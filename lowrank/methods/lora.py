@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from lowrank.adapter import Adapter, features, linear, register
 from lowrank.by_row import Sum
 from lowrank.kernels.lora_grouped import lora_grouped
 from lowrank.kernels.lora_linear import Weight, lora_linear
+from lowrank.quant.linear import QuantizedLinear, product_back
+from lowrank.quant.linear import linear as quantized_linear
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Weight | None:
     """The (O, I) weight as `lora_linear` takes it; None where calling the base does more than multiply by it."""
     if base._forward_hooks or base._forward_pre_hooks or any(p.requires_grad for p in base.parameters()):
         return None
+    if type(base) is QuantizedLinear and dtype.is_floating_point:
+        return partial(quantized_linear, q=base.quantized), partial(product_back, q=base.quantized)
     return base.weight if type(base) is nn.Linear and base.weight.dtype == dtype else None
 
 
@@ -111,6 +116,8 @@ class LoRA(Adapter):
         With 16-bit activations both products run in 16 bits; rounding A, B and x Aᵀ changes the update by a few units
         of its last place. On a CPU any 16-bit product takes 30 µs: up to 32 tokens fp32 is quicker.
         """
+        if torch.is_autocast_enabled(x.device.type):  # the dtypes of x and y then say nothing of each other
+            return None
         if (y := self.projected([self], x, [base])) is not None:
             return y[0]
         A, B, half = self.lora_A, self.lora_B, x.dtype in (torch.bfloat16, torch.float16)
@@ -118,7 +125,7 @@ class LoRA(Adapter):
             return None
         y = base(x)
         if half and x.device.type == "cpu" and x.numel() <= 32 * x.shape[-1]:
-            return y + F.linear(self.scaling * F.linear(x.to(A.dtype), A), B).to(y.dtype)
+            return y.add(F.linear(F.linear(x.to(A.dtype), A), B).to(y.dtype), alpha=self.scaling)
         h = self.scaling * F.linear(x, A.to(x.dtype)).reshape(-1, len(A))  # (..., I) -> (N, R)
         y_rows, up = y.reshape(-1, y.shape[-1]), B.to(x.dtype).T.contiguous()
         if torch.is_grad_enabled() or base._forward_hooks:  # a hook may have kept y
@@ -128,7 +135,8 @@ class LoRA(Adapter):
     @classmethod
     def projected(cls, adapters: list[Any], x: Tensor, bases: list[nn.Module]) -> tuple[Tensor, ...] | None:
         """One function with its own backward: x is kept once, the A's are one product, no sum has memory of its own."""
-        if not torch.is_grad_enabled() or any(a.training and a.dropout > 0 for a in adapters):
+        dropping = any(a.training and a.dropout > 0 for a in adapters)
+        if dropping or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return None
         weights = [frozen_weight(base, x.dtype) for base in bases]
         if None in weights:
@@ -138,23 +146,23 @@ class LoRA(Adapter):
 
     @classmethod
     def grouped(cls, rows: list[tuple[Any, float]], dtype: torch.dtype) -> Sum | None:
-        """Two batched products for all rows; smaller ranks are filled up with zeros, weights and scalings are in B."""
-        some = next(adapter for adapter, _ in rows if adapter is not None)
-        if not dtype.is_floating_point or any(a and a.training and a.dropout > 0 for a, _ in rows):
+        """Two batched products for all rows; smaller ranks are filled up with zeros."""
+        adapters = list(dict.fromkeys(a for a, _ in rows if a is not None))
+        if not dtype.is_floating_point or any(a.training and a.dropout > 0 for a in adapters):
             return None
-        rank = max(len(a.lora_A) for a, _ in rows if a is not None)
-        none = some.lora_A.new_zeros(0, some.lora_A.shape[1]), some.lora_B.new_zeros(some.lora_B.shape[0], 0)
-        As = [none[0] if a is None else a.lora_A for a, _ in rows]
-        Bs = [none[1] if a is None else w * a.scaling * a.lora_B for a, w in rows]
-        A = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a in As])  # (N, R, I)
-        B = torch.stack([F.pad(b.T, (0, 0, 0, rank - b.shape[1])) for b in Bs]).mT  # (N, O, R)
-        if (
-            A.is_cuda and dtype.itemsize == 2
-        ):  # a CPU takes 35 µs for any 16-bit product, so fp32 is the faster one there
-            A, B = A.to(dtype), B.to(dtype)
+        rank = max(len(a.lora_A) for a in adapters)
+        A = torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - len(a.lora_A))) for a in adapters])  # (K, R, I)
+        B = torch.stack([F.pad(a.lora_B.T, (0, 0, 0, rank - len(a.lora_A))) for a in adapters]).mT  # (K, O, R)
+        index = torch.tensor([0 if a is None else adapters.index(a) for a, _ in rows], device=A.device)  # (N,)
+        scaling = A.new_tensor([0.0 if a is None else w * a.scaling for a, w in rows])  # (N,)
+        how: tuple[Tensor, ...] = A, B, scaling, index
+        if not A.is_cuda:  # once here instead of at each forward; 16 bits gain nothing: any such product takes 35 µs
+            how = A[index], B[index] * scaling[:, None, None]
+        elif dtype.itemsize == 2:
+            how = A.to(dtype), B.to(dtype), scaling, index
 
         def act(x: Tensor, y: Tensor) -> Tensor:
-            update = lora_grouped(x.reshape(len(x), -1, x.shape[-1]), A, B)
+            update = lora_grouped(x.reshape(len(x), -1, x.shape[-1]), *how)
             return y + update.view_as(y).to(y.dtype)
 
         return act

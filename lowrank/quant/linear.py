@@ -52,7 +52,7 @@ def _product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], O)
 
 
-def _product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
+def product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
     """dy Q, Q decoded some columns at a time, so that each sum over O is one product.  (..., O) -> (..., I)"""
     O, I = q.shape
     if q.format == "nf4" and use_triton(dy, q.codes):
@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dx = _product_back(dy, ctx.q) if ctx.needs_input_grad[0] else None
+        dx = product_back(dy, ctx.q) if ctx.needs_input_grad[0] else None
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, dbias, None
 

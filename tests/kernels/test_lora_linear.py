@@ -47,7 +47,7 @@ def test_it_equals_the_definition(shape, ranks, dtype, mode, device, agree, monk
 
     def exact(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         eye = torch.eye(24, device=device, dtype=dtype)
-        dense = [w.double() if isinstance(w, Tensor) else w[0](eye, None).T.double() for w in weights]
+        dense = [w.double() if isinstance(w, Tensor) else w[0](eye, bias=None).T.double() for w in weights]
         plain = [None if b is None else b.double() for b in biases]
         return tuple(
             lora_linear_ref(x, *layer) for layer in zip(dense, plain, factors[:n], factors[n:], SCALINGS, strict=False)
@@ -115,7 +115,7 @@ def adapted(quantize: str | None = None, dtype: torch.dtype = torch.float32, con
     return model
 
 
-@pytest.mark.parametrize("quantize", [None])
+@pytest.mark.parametrize("quantize", [None, "nf4-dq", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_of_one_input_are_projected_together_and_equal_forward(quantize, dtype, monkeypatch) -> None:
     model = adapted(quantize, dtype)
