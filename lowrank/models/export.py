@@ -19,6 +19,7 @@ from lowrank.adapter import AdaptedLinear, adapted_layers
 from lowrank.files import read_json, staged, write_json, write_text
 from lowrank.models.decoder import Conv1D
 from lowrank.models.families import Rope, config_to_json
+from lowrank.models.load import skeleton
 from lowrank.models.rope import divisors
 from lowrank.models.tokenizer import FastVocabulary, Tokenizer
 from lowrank.quant.linear import QuantizedLinear
@@ -32,8 +33,7 @@ def weights(model: Any) -> dict[str, Weight]:
     for path, adapted in adapted_layers(model):
         if not adapted.unmerged and adapted.acting(adapted.active):
             raise ValueError(f"{path} carries an adapter that is not merged: call lowrank.merge(model) first")
-    with torch.device("meta"):
-        plain = type(model)(model.config)
+    plain = skeleton(model.config)
     found: dict[str, Weight] = {}
     for path, _ in plain.named_parameters(remove_duplicate=False):
         parent, _, leaf = path.rpartition(".")

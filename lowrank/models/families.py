@@ -317,32 +317,17 @@ def _read(family: Family, raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise ConfigError(f"{where}: query_pre_attn_scalar must be positive, got {scalar}")
     bos, pad = read.ids("bos_token_id"), read.ids("pad_token_id")
     return ModelConfig(
-        family=family.name,
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        hidden_dim=read.integer("intermediate_size", 4 * dim),
-        vocab_size=read.integer("vocab_size"),
+        family=family.name, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+        hidden_dim=read.integer("intermediate_size", 4 * dim), vocab_size=read.integer("vocab_size"),
         norm_eps=float(f"{read.number('rms_norm_eps', 1e-6):.6g}"),  # GGUF stores it in fp32
-        max_positions=max_positions,
-        tied=read.flag("tie_word_embeddings"),
-        activation=_ACTIVATIONS[activation],
-        rope=rope,
-        rope_local=rope_local,
-        windows=_windows(family, read, n_layers),
-        qkv_bias=read.flag("qkv_bias", bias),
-        out_bias=read.flag("out_bias", bias),
-        mlp_bias=read.flag("mlp_bias"),
-        attn_scale=None if scalar is None else scalar**-0.5,
-        attn_softcap=read.optional("attn_logit_softcapping"),
-        final_softcap=read.optional("final_logit_softcapping"),
-        bos_id=bos[0] if bos else None,
-        eos_ids=read.ids("eos_token_id"),
-        pad_id=pad[0] if pad else None,
+        max_positions=max_positions, tied=read.flag("tie_word_embeddings"), activation=_ACTIVATIONS[activation],
+        rope=rope, rope_local=rope_local, windows=_windows(family, read, n_layers),
+        qkv_bias=read.flag("qkv_bias", bias), out_bias=read.flag("out_bias", bias), mlp_bias=read.flag("mlp_bias"),
+        attn_scale=None if scalar is None else scalar**-0.5, attn_softcap=read.optional("attn_logit_softcapping"),
+        final_softcap=read.optional("final_logit_softcapping"), bos_id=bos[0] if bos else None,
+        eos_ids=read.ids("eos_token_id"), pad_id=pad[0] if pad else None,
         **(_encoder_head(read) if family.encoder else {}),
-    )
+    )  # fmt: skip
 
 
 _HEADS = {
@@ -513,19 +498,14 @@ def config_to_json(c: ModelConfig) -> dict[str, Any]:
     """config.json of a model that came without one. ValueError where the family's own spelling cannot say it."""
     family = family_of(c)
     raw: dict[str, Any] = {json: getattr(c, ours) for ours, json, _ in _KEYS if ours}
+    window = next(filter(None, c.windows), None)
     raw |= {
-        "model_type": family.model_type or c.family,
-        "architectures": [f"{c.family.capitalize()}ForCausalLM"],
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tied,
+        "model_type": family.model_type or c.family, "architectures": [f"{c.family.capitalize()}ForCausalLM"],
+        "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied, "attention_bias": c.out_bias, "mlp_bias": c.mlp_bias,
         **dict.fromkeys(("hidden_act", "hidden_activation"), c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")),
-        "attention_bias": c.out_bias,
-        "mlp_bias": c.mlp_bias,
-        "bos_token_id": c.bos_id,
+        "bos_token_id": c.bos_id, "pad_token_id": c.pad_id, "sliding_window": window,
         "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids) or None,
-        "pad_token_id": c.pad_id,
-        "sliding_window": (window := next(filter(None, c.windows), None)),
-    }
+    }  # fmt: skip
     if c.attn_scale is not None:
         scalar = round(c.attn_scale**-2, 6)
         raw["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar

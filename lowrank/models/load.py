@@ -73,6 +73,9 @@ def load(
     if tokenizer is not None and template is not None:
         tokenizer = tokenizer.with_template(template)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    held, layers = len(checkpoint.unused(set())), checkpoint.config.n_layers
+    if held < layers:  # before so many layers are made
+        raise FileFormatError(f"{path} has {held} tensors, its configuration asks for {layers} layers: not complete")
     model = skeleton(checkpoint.config)
     fill(model, checkpoint, quantize, dtype, where, progress)
     model.origin = Origin(  # type: ignore[assignment]

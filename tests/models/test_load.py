@@ -118,6 +118,9 @@ def test_a_huge_configuration_allocates_nothing(copied) -> None:
     (folder / "config.json").write_text(json.dumps({**raw, "intermediate_size": 1 << 23, "vocab_size": 1 << 23}))
     with pytest.raises(FileFormatError, match="its configuration asks for"):
         load(folder, progress=False)
+    (folder / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 4096}))
+    with pytest.raises(FileFormatError, match="has 21 tensors, its configuration asks for 4096 layers"):
+        load(folder, progress=False)
 
 
 def test_bad_arguments() -> None:
