@@ -174,15 +174,15 @@ def _tile(
     x_ptr += (m * I)[None, :] + (8 * (i // 2) + i % 2)[:, None]  # a sum has no order: x is read in the codes' order
     start = tl.program_id(1) * steps
     acc = tl.zeros((BO, BM), tl.float32)
-    for step in tl.range(start, start + steps, num_stages=STAGES):
+    for step in tl.range(start, tl.minimum(start + steps, N), num_stages=STAGES):
         k = step * 64
-        words = tl.load(words_ptr + k // 8, mask=(o < O)[:, None] & (k < I), other=0)
+        words = tl.load(words_ptr + k // 8, mask=(o < O)[:, None], other=0)
         block = (o * I + k) // G
-        scale = block_scale(scale_ptr, nested_ptr, offset_ptr, levels_ptr, block, (o < O) & (k < I), NESTED)
+        scale = block_scale(scale_ptr, nested_ptr, offset_ptr, levels_ptr, block, o < O, NESTED)
         p = _decode(words, pairs_ptr, dtype, PRMT)
         part = tl.zeros((BO, BM), tl.float32)
         for j in tl.static_range(4):
-            part = _part(part, p[j], x_ptr + k + 2 * j, (m < M)[None, :] & (k < I), dtype)
+            part = _part(part, p[j], x_ptr + k + 2 * j, (m < M)[None, :], dtype)
         acc += part * scale[:, None]
     if BIAS:
         acc += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
