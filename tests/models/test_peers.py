@@ -68,6 +68,20 @@ def test_transformers_reads_the_quickstart_model_and_its_tokenizer(tmp_path: Pat
         torch.testing.assert_close(by_transformers(tmp_path / "out")(ids).logits, model(ids), atol=2e-4, rtol=0)
 
 
+def test_bitsandbytes_reads_our_four_bits(tmp_path: Path) -> None:
+    bitsandbytes, transformers = map(pytest.importorskip, ("bitsandbytes", "transformers"))
+    model, _ = load(MODELS / "qwen2", quantize="nf4-dq", dtype=torch.float32, device="cpu", progress=False)
+    export_hf(model, None, tmp_path / "out", quantized=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    layers = {path: m for path, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(layers) == 14
+    for path, layer in layers.items():
+        ours = model.get_submodule(path).quantized
+        if ours.shape[1] % 64 == 0:  # its CPU decoder is wrong where rows are no whole blocks
+            got = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            torch.testing.assert_close(got.float(), ours.dequantize(torch.float32), rtol=0, atol=0)
+
+
 def test_repetition_penalty_is_the_one_of_transformers(tiny, tmp_path: Path) -> None:
     export_hf(tiny, None, tmp_path / "out")
     theirs = by_transformers(tmp_path / "out")
