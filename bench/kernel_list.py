@@ -198,4 +198,4 @@ for entries in (
     ),
 ):
     ENTRIES += [entry for entry in entries if entry.name.endswith("bf16")]
-    ENTRIES += [replace(entry, tensor_cores=False) for entry in entries if entry.name.endswith("fp32")]
+    ENTRIES += [replace(e, tensor_cores=False, targets=AMPERE) for e in entries if e.name.endswith("fp32")]

@@ -117,8 +117,10 @@ def launches(function: str, **tensors: Tensor | None) -> bool:
 
 
 def multiplies(x: Tensor) -> bool:
-    """Whether tl.dot reaches tensor cores here. Triton has given up those of sm_75; products go through torch there."""
-    return not x.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    """Whether tl.dot pays here: Triton has given up sm_75's tensor cores, and spills in fp32 on AMD. Else torch's."""
+    if not x.is_cuda:
+        return True
+    return x.dtype != torch.float32 if torch.version.hip else torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def wide(x: Tensor) -> Tensor:
