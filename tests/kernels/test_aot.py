@@ -31,10 +31,9 @@ def test_every_kernel_that_is_launched_is_in_the_list() -> None:
 
 
 def test_no_kernel_spills_exceeds_a_limit_or_decodes_more_slowly() -> None:
-    """bf16 for one consumer and one data-centre target, fp16 for the oldest; all targets in the slow one."""
-    for only, targets in (("bf16", "sm_89,sm_90"), ("fp16", "sm_75")):
-        done = aot("--check", "--only", only, "--targets", targets)
-        assert done.returncode == 0, done.stdout + done.stderr
+    """In bf16 for one consumer GPU; every dtype and target in the slow one."""
+    done = aot("--check", "--only", "bf16", "--targets", "sm_89")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
