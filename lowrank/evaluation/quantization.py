@@ -9,17 +9,20 @@ from torch import Tensor, nn
 from lowrank.adapter import is_linear
 from lowrank.errors import ConfigError
 from lowrank.evaluation.perplexity import perplexity
+from lowrank.models.decoder import Conv1D
 from lowrank.models.load import load
 from lowrank.quant.report import QuantReport, measure
+from lowrank.quant.tensor import QuantizedTensor
 from lowrank.targets import HEADS
 from lowrank.training.screen import counting
 
 
 def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of the layers that quantization would round: the linear ones without the head."""
+    """(name, weight (O, I)) of the layers that quantization would round: the linear ones without the head."""
     for path, layer in model.named_modules():
         if is_linear(layer) and path.rsplit(".", 1)[-1] not in HEADS:
-            yield f"{path}.weight", layer.weight.detach()  # type: ignore[union-attr, operator, misc]
+            weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
+            yield f"{path}.weight", weight.T.contiguous() if isinstance(layer, Conv1D) else weight
 
 
 def report_of(source: str, formats: Sequence[str], block_size: int = 64, text: str | Path | None = None) -> QuantReport:
@@ -33,8 +36,13 @@ def report_of(source: str, formats: Sequence[str], block_size: int = 64, text: s
 
     def of_format(format: str | None) -> float:
         assert words is not None
-        quantized, _ = load(source, quantize=format, dtype=torch.bfloat16, progress=False)
-        return perplexity(quantized, tokenizer, words).value
+        held, _ = load(source, dtype=torch.bfloat16, progress=False)
+        if format is not None:
+            for name, weight in weights:  # from fp32, as `load` does
+                rounded = QuantizedTensor.quantize(weight, format, block_size).dequantize(torch.bfloat16)
+                layer = held.get_submodule(name.removesuffix(".weight"))
+                layer.weight.data.copy_(rounded.T if isinstance(layer, Conv1D) else rounded)
+        return perplexity(held, tokenizer, words).value
 
     with counting("weights", len(weights)) as count:
 

@@ -22,6 +22,7 @@ from lowrank.quant.codebooks import codebook
 PIECE = 2**20  # values decoded at a time: 4 MB of fp32
 ENCODE_PIECE = 2**18
 CELLS = 2048
+COMPILED_PIECE = 2**21  # values a call
 COMPILED = ("nf4", "fp4", "int4")  # c_k · A and no zero point
 SAFE = 2.0**-100, 2.0**100  # where 1 / absmax is a normal number, far from both ends
 
@@ -46,14 +47,14 @@ workspace = _Workspace()
 
 
 def _look_up(table: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """out[i] = table[index[i]] for 64-bit entries, the index truncated to an integer; n is a multiple of 16.
+    """out[i] = table[index[i]] for 64-bit entries, the index truncated to an integer.
 
     index_select is the faster one on one thread, and stays on one thread in one dimension; gather divides its rows
     among threads. 2^20 weights on 2 threads: 0.21 ms by gather, 0.73 by index_select, 0.43 by index_select of four
     values at once (AMD EPYC with AVX-512).
     """
     n, device = out.numel(), out.device
-    if device.type == "cpu" and torch.get_num_threads() > 1:
+    if device.type == "cpu" and torch.get_num_threads() > 1 and n % 16 == 0:
         rows = workspace.take("rows", n, torch.int64, device).copy_(index).view(16, -1)
         torch.gather(table.expand(16, -1), 1, rows, out=out.view(16, -1))
         return out
@@ -74,55 +75,44 @@ def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: 
     if format in ("nf4", "fp4") and numel and out.dtype in FLOATS and use_triton(out, codes, scales):
         dequantize_into(out, codes, (scales,), block_size, codebook(format, device))
         return
-    whole = numel - numel % block_size
-    done = _decode_compiled(out, format, codes, scales, block_size)
-    for start in range(done, whole, PIECE):
-        end = min(start + PIECE, whole)
-        first, last = start // block_size, end // block_size
-        piece = out[start:end]
-        values = piece if out.dtype == torch.float32 else workspace.take("values", end - start, torch.float32, device)
+    for start in range(_decode_compiled(out, format, codes, scales, block_size), numel, PIECE):
+        end = min(start + PIECE, numel)
+        piece, whole = out[start:end], end - end % block_size
+        in_place = out.dtype == torch.float32 and numel % 2 == 0
+        values = piece if in_place else workspace.take("values", (end - start + 1) // 2 * 2, torch.float32, device)
         if format == "int8":
-            values.copy_(codes[start:end].view(torch.int8))
+            values[: end - start].copy_(codes[start:end].view(torch.int8))
         else:
-            _look_up(_pairs(format, device), codes[start // 2 : end // 2], values.view(torch.int64))
-        rows = values.view(-1, block_size)
-        rows.mul_(scales[first:last, None])
+            _look_up(_pairs(format, device), codes[start // 2 : (end + 1) // 2], values.view(torch.int64))
+        rows, last = values[: whole - start].view(-1, block_size), values[whole - start : end - start]
+        span = slice(start // block_size, whole // block_size)
+        rows.mul_(scales[span, None])
+        last.mul_(scales[-1])  # of a partial block; empty otherwise
         if zeros is not None:
-            rows.add_(zeros[first:last, None])
-        if values is not piece:
-            piece.copy_(values)
-    if whole < numel:
-        rest = codes[whole if format == "int8" else whole // 2 :]
-        _decode_rest(out[whole:], format, rest, scales[-1], None if zeros is None else zeros[-1])
+            rows.add_(zeros[span, None])
+            last.add_(zeros[-1])
+        if not in_place:
+            piece.copy_(values[: end - start])
 
 
 def _decode_compiled(out: Tensor, format: str, codes: Tensor, scales: Tensor, block_size: int) -> int:
     """Fill the front of a bf16 `out` by the compiled loop where there is one; how many values that were."""
     if out.dtype != torch.bfloat16 or format not in COMPILED or not compiled.usable(out) or out.storage_offset() % 2:
         return 0
-    run, tiles = compiled.loop("decode"), out.numel() // (compiled.TILE * block_size)
-    if run is None or tiles < 2:
+    each, repeats = compiled.TILE * compiled.GROUP, block_size // compiled.GROUP
+    values = out.numel() - out.numel() % max(each, block_size)
+    run = compiled.loop("decode")
+    if run is None or not repeats or values < 2 * each:
         return 0
-    step, table = max(2, PIECE // (compiled.TILE * block_size)), codebook(format)
-    values = tiles * compiled.TILE * block_size
-    words = out[:values].view(torch.int32).view(tiles, compiled.TILE, -1)
-    codes = codes[: values // 2].contiguous().view_as(words)
-    scales = scales[: tiles * compiled.TILE].float().contiguous().view(tiles, compiled.TILE)
-    for start in range(0, tiles, step):
-        end = min(start + step, tiles)
-        start = min(start, end - 2)  # torch.export makes a size of 1 another program
-        run([words[start:end], codes[start:end], scales[start:end], table])
+    halves = out[:values].view(torch.int32).view(-1, compiled.TILE, 2, compiled.GROUP // 4)
+    tiles = codes[: values // 2].contiguous().view(-1, compiled.TILE, compiled.GROUP // 2)
+    scales = scales[: values // block_size].float().repeat_interleave(repeats) if repeats > 1 else scales.float()
+    scales = scales[: values // compiled.GROUP].contiguous().view(-1, compiled.TILE)
+    for start in range(0, values // each, step := COMPILED_PIECE // each):
+        start = min(start, values // each - 2)  # torch.export makes a size of 1 another program
+        part = slice(start, start + step)
+        run([halves[part, :, 0], halves[part, :, 1], tiles[part], scales[part], codebook(format)])
     return values
-
-
-def _decode_rest(out: Tensor, format: str, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-    """The last, partial block, whose count may be odd."""
-    if format == "int8":
-        values = codes.view(torch.int8).float()
-    else:
-        values = _pairs(format, out.device)[codes.int()].view(torch.float32)[: out.numel()]
-    values = values * scale.float()
-    out.copy_(values if zero is None else values + zero.float())
 
 
 @cache

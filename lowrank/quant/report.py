@@ -1,13 +1,13 @@
 """What quantization does to a model's weights: measured errors beside the proven bound and the expected value.
 
 report = measure(named_weights, ["nf4-dq", "int8"], perplexity=lambda format: ...)
-print(report.text()); report.plot("errors.png"); report.to_dict()
+print(report.text()); report.plot("errors.png")
 """
 
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +68,16 @@ class QuantReport:
         rows = self.of(format)
         n = sum(row.numel for row in rows)
 
-        def mean(value: Callable[[Row], float]) -> float:
-            return sum(value(row) * row.numel for row in rows) / n if n else 0.0
+        def mean(name: str, power: int = 1) -> float:
+            return (sum(getattr(row, name) ** power * row.numel for row in rows) / n) ** (1 / power)  # type: ignore[no-any-return]
 
-        return Row(
-            name="all",
-            shape=(n,),
-            format=format,
-            bits=mean(lambda row: row.bits),
-            rms_weight=math.sqrt(mean(lambda row: row.rms_weight**2)),
-            max_error=max((row.max_error for row in rows), default=0.0),
-            max_bound=max((row.max_bound for row in rows), default=0.0),
-            above_bound=sum(row.above_bound for row in rows),
-            mean_error=mean(lambda row: row.mean_error),
-            rms_error=math.sqrt(mean(lambda row: row.rms_error**2)),
-            expected_rms=math.sqrt(mean(lambda row: row.expected_rms**2)),
-            outlier_blocks=sum(row.outlier_blocks for row in rows),
-            blocks=sum(row.blocks for row in rows),
-        )
+        values: dict[str, Any] = {name: mean(name) for name in ("bits", "mean_error")}
+        values |= {name: mean(name, 2) for name in ("rms_weight", "rms_error", "expected_rms")}
+        values |= {name: max(getattr(row, name) for row in rows) for name in ("max_error", "max_bound")}
+        values |= {
+            name: sum(getattr(row, name) for row in rows) for name in ("above_bound", "outlier_blocks", "blocks")
+        }
+        return Row(name="all", shape=(n,), format=format, **values)
 
     def text(self, layers: bool = True) -> str:
         """The tables as plain text: all formats in total, then each layer in the first one."""
@@ -112,15 +104,6 @@ class QuantReport:
             "block of 32. Affine int4 at block 32 can store them as they are and every other format rounds a second "
             "time, so these figures say nothing about which format is better for full-precision weights."
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "block_size": self.block_size,
-            "four_bit_source": self.four_bit_source,
-            "perplexity": self.perplexity,
-            "total": {format: asdict(self.total(format)) for format in self.formats},
-            "weights": [asdict(row) for row in self.rows],
-        }
 
     def plot(self, path: str | Path) -> bool:
         """Relative RMS error of each weight, measured and expected, as a picture. False without matplotlib."""
@@ -170,6 +153,8 @@ def measure(
     for name, w in weights:
         if on_progress is not None:
             on_progress(name)
+        if not w.numel():
+            continue
         w = w.detach()
         if is_four_bit(w):
             report.four_bit_source.append(name)
@@ -189,7 +174,7 @@ def measure_one(name: str, w: Tensor, format: str, block_size: int = 64) -> Row:
     q = QuantizedTensor.quantize(w, base, block_size, double, name=name)
     bound = bounds.elementwise(q)
     error = (q.dequantize(torch.float32) - w.float()).abs()
-    rms = w.double().square().mean().sqrt().item() if w.numel() else 0.0
+    rms = w.double().square().mean().sqrt().item()
     blocks = w.reshape(-1)[: w.numel() // block_size * block_size].view(-1, block_size).float().abs().amax(dim=1)
     return Row(
         name=name,
@@ -197,11 +182,11 @@ def measure_one(name: str, w: Tensor, format: str, block_size: int = 64) -> Row:
         format=format,
         bits=q.bits_per_weight,
         rms_weight=rms,
-        max_error=error.max().item() if w.numel() else 0.0,
-        max_bound=bound.max().item() if w.numel() else 0.0,
+        max_error=error.max().item(),
+        max_bound=bound.max().item(),
         above_bound=int((error > bound).sum()),
-        mean_error=error.double().mean().item() if w.numel() else 0.0,
-        rms_error=error.double().square().mean().sqrt().item() if w.numel() else 0.0,
+        mean_error=error.double().mean().item(),
+        rms_error=error.double().square().mean().sqrt().item(),
         expected_rms=rms * math.sqrt(bounds.expected_mse(base, block_size)),
         outlier_blocks=int((blocks > rms * bounds.unlikely_absmax(block_size, OUTLIER_CHANCE)).sum()),
         blocks=-(-w.numel() // block_size),
@@ -237,20 +222,13 @@ def textbook() -> list[str]:
     return lines
 
 
-COLUMNS = ("bits", "RMS error", "expected", "mean", "max", "bound", "above", "outlier blocks")
-
-
 def _head(first: str) -> str:
-    bits, rms, expected, mean, largest, bound, above, outliers = COLUMNS
-    return (
-        f"{first:44} {bits:>6} {rms:>10} {expected:>10} {mean:>10} {largest:>10} {bound:>10} {above:>6} {outliers:>16}"
-    )
+    names = ("RMS error", "expected", "mean", "max", "bound")
+    return f"{first:44} {'bits':>6} {' '.join(f'{name:>10}' for name in names)} {'above':>6} {'outlier blocks':>16}"
 
 
 def _line(name: str, row: Row) -> str:
     name = name if len(name) <= 44 else "…" + name[-43:]
+    errors = (row.rms_error, row.expected_rms, row.mean_error, row.max_error, row.max_bound)
     outliers = f"{row.outlier_blocks} of {row.blocks}"
-    return (
-        f"{name:44} {row.bits:6.3f} {row.rms_error:10.3e} {row.expected_rms:10.3e} {row.mean_error:10.3e} "
-        f"{row.max_error:10.3e} {row.max_bound:10.3e} {row.above_bound:6} {outliers:>16}"
-    )
+    return f"{name:44} {row.bits:6.3f} {' '.join(f'{e:10.3e}' for e in errors)} {row.above_bound:6} {outliers:>16}"

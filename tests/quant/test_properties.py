@@ -1,6 +1,6 @@
 """Theorems about quantization, each over drawn examples. test_counter_examples.py has where they stop.
 
-Every run draws a few examples; `pytest -m slow` draws 120,000 in all, and LOWRANK_EXAMPLES=9 nine times as many.
+Every run draws a few examples; `pytest -m slow` draws 125,000 in all, and LOWRANK_EXAMPLES=8 eight times as many.
 """
 
 import os

@@ -1,14 +1,20 @@
 """The report: figures against direct computation, the 4-bit source, text, plot."""
 
-import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lowrank.errors import ConfigError
+from lowrank.evaluation import quantization
+from lowrank.models.load import load
 from lowrank.quant import bounds
 from lowrank.quant.report import is_four_bit, measure, textbook
 from lowrank.quant.tensor import QuantizedTensor
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,6 @@ def test_perplexity_is_asked_once_for_each_format(weights: list[tuple[str, torch
     report = measure(weights, ["nf4", "fp4"], perplexity=perplexity)
     assert asked == [None, "nf4", "fp4"] and report.perplexity == {"as loaded": 21, "nf4": 22, "fp4": 23}
     assert "+4.8 %" in report.text()
-    json.dumps(report.to_dict())
 
 
 def test_text_and_plot(weights: list[tuple[str, torch.Tensor]], tmp_path) -> None:
@@ -90,3 +95,24 @@ def test_bad_arguments() -> None:
 def test_the_textbook_lines_hold_the_figures() -> None:
     text = "\n".join(textbook())
     assert "27 %" in text and "32 %" in text and "-5 %" in text
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_is_measured_as_it_would_be_loaded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each format's perplexity is that of the model that `load` quantizes to it; here a stand-in for perplexity."""
+    folder, text = str(FIXTURES / name), tmp_path / "text.txt"
+    text.write_text("any")
+
+    def norm_of(model: torch.nn.Module, *_: object) -> SimpleNamespace:
+        with torch.no_grad():
+            return SimpleNamespace(value=model(torch.arange(3, 9)[None]).double().norm().item())
+
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        quantization.report_of(folder, ["nf4"], 64, text)
+    monkeypatch.setattr(quantization, "load", lambda *a, **k: (load(*a, **k)[0], object()))
+    monkeypatch.setattr(quantization, "perplexity", norm_of)
+    report = quantization.report_of(folder, ["nf4-dq", "int8"], 64, text)
+    for key, format in (("as loaded", None), ("nf4-dq", "nf4-dq"), ("int8", "int8")):
+        model, _ = load(folder, quantize=format, dtype=torch.bfloat16, progress=False)
+        assert report.perplexity[key] == pytest.approx(norm_of(model).value, rel=2e-3)  # GPT-2 rounds before its bias
+    assert len(set(report.perplexity.values())) == 3
