@@ -18,15 +18,17 @@ class GPU:
     """16-bit products with fp32 sums, dense, operations per second."""
     fp32: float
     """Operations per second outside tensor cores."""
+    issue: float
+    """Instructions of a thread per second: 128 a clock on each multiprocessor."""
 
 
 # NVIDIA's data sheets: GA102, AD102, GB202, A100 80 GB SXM, H100 SXM; boost clocks, no sparsity.
 GPUS = {
-    "RTX 3090": GPU(936e9, 71e12, 35.6e12),
-    "RTX 4090": GPU(1008e9, 165.2e12, 82.6e12),
-    "RTX 5090": GPU(1792e9, 209.5e12, 104.8e12),
-    "A100": GPU(2039e9, 312e12, 19.5e12),
-    "H100": GPU(3350e9, 989e12, 66.9e12),
+    "RTX 3090": GPU(936e9, 71e12, 35.6e12, 82 * 128 * 1.695e9),
+    "RTX 4090": GPU(1008e9, 165.2e12, 82.6e12, 128 * 128 * 2.52e9),
+    "RTX 5090": GPU(1792e9, 209.5e12, 104.8e12, 170 * 128 * 2.407e9),
+    "A100": GPU(2039e9, 312e12, 19.5e12, 108 * 128 * 1.41e9),
+    "H100": GPU(3350e9, 989e12, 66.9e12, 132 * 128 * 1.98e9),
 }
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a weight in blocks of 64, scales doubly quantized
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -132,6 +134,8 @@ def speed_ups() -> str:
             bf16 = product(M, 4096, 4096).ideal_us(gpu)
             cells.append(f"{bf16 / ours:.2f} / {through_dequantize(M, 4096, 4096, gpu) / ours:.2f}")
         lines.append(f"| M = {M} | " + " | ".join(cells) + " |")
+    budgets = (f"{gpu.issue / (gpu.bandwidth / NF4_BYTES):.1f}" for gpu in GPUS.values())
+    lines.append("| instructions issued while one weight is read | " + " | ".join(budgets) + " |")
     return "\n".join(lines)
 
 
