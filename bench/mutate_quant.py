@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/kernels/test_nf4_codec.py", "tests/quant")
+QUICKEST = ("bitsandbytes", "compiled", "counter_examples", "tensor", "quantized_linear", "pool", "damaged_state")
+TESTS = ("tests/kernels/test_nf4_codec.py", *(f"tests/quant/test_{name}.py" for name in QUICKEST), "tests/quant")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank.kernels.nf4_codec import blocks_of, decision_bounds
 from lowrank.quant.codebooks import codebook
+from lowrank.quant.codec import look_up
 
 NESTED_BLOCK = 256
 STEPS = 65535
@@ -43,5 +44,5 @@ def quantize_scales(absmax: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
 
 def dequantize_scales(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """Â = c · a + m, two roundings.  -> (N,) fp32"""
-    values = blocks_of(codebook("dynamic8", codes.device).index_select(0, codes.int()), NESTED_BLOCK)
-    return values.mul_(nested[:, None]).view(-1)[: codes.numel()].add_(offset)
+    values = look_up(codebook("dynamic8", codes.device), codes, torch.empty_like(codes, dtype=torch.float32))
+    return blocks_of(values, NESTED_BLOCK).mul_(nested[:, None]).view(-1)[: codes.numel()].add_(offset)

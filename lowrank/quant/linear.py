@@ -21,7 +21,7 @@ from lowrank.quant.formats import parse_format
 from lowrank.quant.packed import PACKED_ROWS, ordered_product, ordered_product_works, pack_product, packable
 from lowrank.quant.tensor import QuantizedTensor
 
-CHUNK = 2**21  # weights decoded at a time: 4 MB of bf16, which stay in the cache until the product has read them
+CHUNK = 2**22  # weights decoded at a time: 8 MB of bf16, which stay in the cache until the product has read them
 
 
 def _decoded(q: QuantizedTensor, scales: Tensor, part: tuple[slice, slice] | None, dtype: torch.dtype) -> Tensor:
