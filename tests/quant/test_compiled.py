@@ -72,28 +72,31 @@ def test_it_is_chosen_once_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch
 
 
 SWEEP = """
-import sys, torch
+import hashlib, sys, torch
 from lowrank.quant import compiled, tensor
 from lowrank.quant.linear import QuantizedLinear
 if sys.argv[1] == "build":
     compiled.build()
 assert (compiled.loop("decode") is None) == (sys.argv[1] == "off"), "not the loops that were asked for"
-results = []
+digest = hashlib.sha256()
+def note(*tensors):
+    for t in tensors:
+        digest.update(t.float().nan_to_num(7).numpy().tobytes())
 draw = torch.Generator().manual_seed(0)
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for format in ("nf4", "nf4-dq", "fp4", "fp4-dq", "int4", "int4-affine", "int8"):
         for block_size in (32, 64, 4096):
-            for n in (1, 31 * block_size, 32 * block_size, 2**18 + 16 * block_size + 7, 2**21 + 5):
+            for n in (1, 31 * block_size, 32 * block_size, 2**18 + 16 * block_size + 7):
                 w = torch.randn(n, generator=draw) * torch.exp2(torch.randint(-30, 30, (), generator=draw))
                 for dtype in (torch.float32, torch.bfloat16):
                     q = tensor.QuantizedTensor.quantize(w.to(dtype), format, block_size)
-                    results += [*q.parts().values(), q.dequantize(), q.dequantize(torch.float16)]
+                    note(*q.parts().values(), q.dequantize(), q.dequantize(torch.float16))
     for shape in ((2304, 1024), (96, 65)):
         layer = QuantizedLinear(tensor.QuantizedTensor.quantize(torch.randn(shape, generator=draw), "nf4-dq"))
         x = torch.randn(3, shape[1], generator=draw).bfloat16().requires_grad_()
         y = layer(x)
-        results += [y.detach(), torch.autograd.grad(y.sum(), x)[0]]
+        note(y.detach(), torch.autograd.grad(y.sum(), x)[0])
 for bad in (float("nan"), float("inf")):
     w = torch.randn(300, 300)
     w[7, 7] = bad
@@ -103,7 +106,7 @@ for bad in (float("nan"), float("inf")):
         assert "1 of 90000 values that are NaN or infinite" in str(error)
     else:
         raise AssertionError(f"{bad} was accepted")
-print(torch.hash_tensor(torch.stack([torch.hash_tensor(r.float().nan_to_num(7)) for r in results]).view(torch.int64)))
+print(digest.hexdigest())
 """
 
 
