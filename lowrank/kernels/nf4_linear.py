@@ -248,7 +248,7 @@ def tile(
 
 
 # Rows of x: (outputs, warps, stages). Chosen from compiled code: no spills, fewest instructions a weight (bench.aot).
-TILES = {16: (128, 4, 4), 32: (128, 8, 3), 64: (128, 8, 3)}
+TILES = {16: (128, 2, 4), 32: (64, 2, 3), 64: (128, 8, 3)}
 
 
 @cache
