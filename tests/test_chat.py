@@ -99,6 +99,9 @@ def test_other_special_tokens_are_an_error(talking_run, talking_folder, tmp_path
     with pytest.raises(ValueError, match=r"trained with the special tokens .*pass force=True"):
         lowrank.load_adapter(model, run / "adapter")
     assert lowrank.load_adapter(model, run / "adapter", force=True) == "run"
+    (run / "adapter" / "adapter.json").write_text(json.dumps(kept | {"tokenizer_hash": "0" * 64}))
+    with pytest.raises(ValueError, match=r"trained on another tokenizer \(hash 000000000000\).*pass force=True"):
+        lowrank.load_adapter(model, run / "adapter")
 
 
 def test_eval_warns_where_questions_are_asked_otherwise(talking_run, tmp_path, capsys, monkeypatch) -> None:

@@ -45,6 +45,9 @@ def weights(model: Any) -> dict[str, Weight]:
             found[path] = getattr(layer, leaf).detach()
         if leaf == "weight" and isinstance(plain.get_submodule(parent), Conv1D) and not isinstance(layer, Conv1D):
             found[path] = dense(found[path]).T  # as GPT-2 stores it
+    for path, adapted in adapted_layers(model):
+        if getattr(adapted.base, "bias", None) is not None and f"{path}.bias" not in found:
+            raise ValueError(f"{path} has a bias from its adapter, which this family's files have no place for")
     names = model.family.names
     head, embed = (found.get(f"{module}.weight") for module in (names.lm_head, names.embed))
     if head is not None and embed is not None and model.config.tied and torch.equal(dense(head), dense(embed)):

@@ -66,6 +66,12 @@ def test_what_is_not_merged_is_refused_and_nothing_is_left(tmp_path: Path, tiny:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bias_that_the_files_have_no_place_for_is_not_dropped(tmp_path: Path, tiny: nn.Module, merged) -> None:
+    merged(tiny).model.layers[0].self_attn.q_proj.base.bias = nn.Parameter(torch.ones(64))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has a bias from its adapter"):
+        export_hf(tiny, None, tmp_path / "out")
+
+
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, tiny: nn.Module, monkeypatch) -> None:
     monkeypatch.setattr("lowrank.models.export.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
