@@ -28,7 +28,7 @@ class Entry:
     constants: dict[str, Any]
     targets: tuple[str, ...] = EVERY
     warps: int = 4
-    stages: int = 1
+    stages: int = 3  # this and 4 warps are what a launch has that names neither
     options: dict[str, Any] = field(default_factory=dict)
     weights: int = 0
     """4-bit weights that one pass of the main loop (of the program, where it has none) decodes; 0: it decodes none."""
@@ -83,7 +83,7 @@ for scales, nested in ((SCALES, False), (NESTED_SCALES, True)):
         {"G": 64, "C": 64, "NESTED": nested, "BIAS": False, "ROWS": 4, "CHUNKS": 16},
         weights=4 * 1024,
     )
-    for rows, (outputs, warps, stages) in TILES.items():
+    for rows, (outputs, warps, stages, registers) in TILES.items():
         halves = fp(
             f"nf4 tile {outputs}x{rows}" + named,
             "nf4_linear:_tile",
@@ -92,6 +92,7 @@ for scales, nested in ((SCALES, False), (NESTED_SCALES, True)):
             {"G": 64, "NESTED": nested, "BIAS": False, "PRMT": True} | {"BO": outputs, "BM": rows, "STAGES": stages},
             targets=AMPERE,
             warps=warps,
+            options={"maxnreg": registers},
             weights=outputs * 64,
             tensor_cores=True,
         )

@@ -227,18 +227,19 @@ def tile(
     """(M, I) contiguous, fp16 or bf16 -> (M, O). `splits` of I: 0 means as many as fill the device."""
     M, I = x.shape
     BM = 16 if M <= 16 else 32 if M <= 32 else 64
-    BO, warps, stages = TILES[BM]
+    BO, warps, stages, registers = TILES[BM]
     grid = triton.cdiv(out_features, BO), triton.cdiv(M, BM)
-    steps = I // 64
+    steps, ptx = I // 64, x.is_cuda and torch.version.hip is None
     if not splits:  # 4 programs a processor, of 4 steps at least; the parts to add up stay below half of W's bytes
         fill = 4 * processors(x.device) // (grid[0] * grid[1])
         splits = max(1, min(fill, steps // 4, I // (32 * M), 16))
     y = torch.empty(M, out_features, dtype=x.dtype, device=x.device)
     parts = y if splits == 1 else torch.empty(splits, M, out_features, device=x.device)
+    limit = {"maxnreg": registers} if ptx else {}  # else ptxas stops at 128 of its own accord, and may spill
     _tile[(grid[0], splits, grid[1])](
         x, as_words(packed), *scale_arguments(scales), pairs(x.dtype, x.device), y if bias is None else bias, parts,
         M, out_features, steps, triton.cdiv(steps, splits), block_size, len(scales) == 4,
-        bias is not None and splits == 1, x.is_cuda and torch.version.hip is None, BO, BM, stages, num_warps=warps,
+        bias is not None and splits == 1, ptx, BO, BM, stages, num_warps=warps, **limit,
     )  # fmt: skip
     if splits > 1:
         _add_splits[(triton.cdiv(y.numel(), 1024),)](
@@ -247,8 +248,8 @@ def tile(
     return y
 
 
-# Rows of x: (outputs, warps, stages). Chosen from compiled code: no spills, fewest instructions a weight (bench.aot).
-TILES = {16: (128, 2, 4), 32: (64, 2, 3), 64: (128, 8, 3)}
+# Rows of x: (outputs, warps, stages, most registers). From compiled code: no spills, fewest instructions a weight.
+TILES = {16: (128, 2, 4, 168), 32: (64, 2, 3, 168), 64: (128, 8, 3, 128)}
 
 
 @cache
