@@ -58,7 +58,10 @@ def activate(model: nn.Module, choice: Choice, layers: str | Sequence[str] | Non
 
 @contextmanager
 def rows(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
-    """Inside the block, row i of the batch runs with choices[i]; each is what `activate` takes."""
+    """Inside the block, row i of the batch runs with choices[i]; each is what `activate` takes.
+
+    Values that adapters are given by hand inside the block count from the next block on (see `by_row.py`).
+    """
     weights = tuple(as_weights(choice) for choice in choices)
     require_adapter(model, [name for row in weights for name, _ in row])
     require_unmerged(model, "choosing adapters for rows")

@@ -1,24 +1,23 @@
 """Another choice of adapters for each row of a batch.
 
 The base runs once for all rows. Where a method has `grouped` (LoRA), the rows take part in one batched sum; else the
-batch is taken apart by choice, and put together again. What a layer needs for that is worked out once for a `rows`
-block, not at each forward.
+batch is taken apart by choice, and put together again. What a layer needs for that is worked out at each forward that
+takes gradients, and without gradients once: the adapters' values are then those of the last forward that took some, or
+of the block's first one.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from lowrank.adapter import AdaptedLinear, Adapter, Weights
 
 Row = tuple["Adapter | None", float]  # what acts on it and its weight; None is the base alone
 Sum = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> adapted y, all rows at once
-_version = attrgetter("_version")
 
 
 @dataclass
@@ -28,14 +27,6 @@ class _Plan:
     parts: list[tuple[list[tuple[str, "Adapter", float]], Tensor]]
     """What acts, and the rows that have it."""
     act: Sum | None
-    parameters: list[nn.Parameter]
-    versions: list[int]
-
-    def fresh(self) -> bool:
-        """Whether the parameters still hold what `act` was made from, and need no gradient through it."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters):
-            return False
-        return self.versions == list(map(_version, self.parameters))
 
 
 class Rows:
@@ -43,7 +34,7 @@ class Rows:
 
     def __init__(self, choices: "tuple[Weights, ...]") -> None:
         self.choices = choices
-        self.plans: dict[Any, _Plan] = {}
+        self.plans: dict[Any, _Plan | None] = {}
 
     def __call__(self, layer: "AdaptedLinear", x: Tensor, context: tuple[Any, ...]) -> Tensor:
         """The adapted output of one layer.  (B, ..., I) -> (B, ..., O)"""
@@ -51,8 +42,9 @@ class Rows:
             raise ValueError(f"rows() names adapters for {len(self.choices)} rows, the batch has {x.shape[0]}")
         key = layer, x.dtype, layer.training
         plan = self.plans.get(key)
-        if plan is None or not plan.fresh():
-            plan = self.plans[key] = self._plan(layer, x)
+        if plan is None or torch.is_grad_enabled():
+            plan = self._plan(layer, x)
+            self.plans[key] = None if torch.is_grad_enabled() else plan
         if len(plan.parts) == 1:
             return layer.adapted(x, context, plan.parts[0][0])
         y = layer.base(x, *context)
@@ -73,13 +65,11 @@ class Rows:
         rows, same = [tuple(layer.acting(row)) for row in self.choices], dict[Any, list[int]]()
         for i, row in enumerate(rows):
             same.setdefault(row, []).append(i)
-        plan = _Plan([(list(row), torch.tensor(index, device=x.device)) for row, index in same.items()], None, [], [])
+        plan = _Plan([(list(row), torch.tensor(index, device=x.device)) for row, index in same.items()], None)
         adapters = {adapter for row in rows for _, adapter, _ in row}
         methods = {type(adapter) for adapter in adapters}
         if len(same) > 1 and len(methods) == 1 and not layer.edited and all(len(row) < 2 for row in rows):
             method = methods.pop()
             if method.may("grouped"):
                 plan.act = method.grouped([row[0][1:] if row else (None, 0.0) for row in rows], x.dtype)
-                plan.parameters = [p for adapter in adapters for p in adapter.parameters()]
-                plan.versions = list(map(_version, plan.parameters))
         return plan

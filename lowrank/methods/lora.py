@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, linear, register
 from lowrank.by_row import Sum
-from lowrank.kernels.lora_grouped import lora_grouped
+from lowrank.kernels.dispatch import mode
+from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref
 from lowrank.kernels.lora_linear import Weight, lora_linear
 from lowrank.quant.linear import QuantizedLinear, product_back
 from lowrank.quant.linear import linear as quantized_linear
@@ -152,17 +153,18 @@ class LoRA(Adapter):
             return None
         rank = max(len(a.lora_A) for a in adapters)
         A = torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - len(a.lora_A))) for a in adapters])  # (K, R, I)
-        B = torch.stack([F.pad(a.lora_B.T, (0, 0, 0, rank - len(a.lora_A))) for a in adapters]).mT  # (K, O, R)
+        up = torch.stack([F.pad(a.lora_B.T, (0, 0, 0, rank - len(a.lora_A))) for a in adapters])  # (K, R, O)
         index = torch.tensor([0 if a is None else adapters.index(a) for a, _ in rows], device=A.device)  # (N,)
         scaling = A.new_tensor([0.0 if a is None else w * a.scaling for a, w in rows])  # (N,)
-        how: tuple[Tensor, ...] = A, B, scaling, index
+        product, how = lora_grouped, tuple[Any, ...]((A, up.mT, scaling, index))
         if not A.is_cuda:  # once here instead of at each forward; 16 bits gain nothing: any such product takes 35 µs
-            how = A[index], B[index] * scaling[:, None, None]
+            how = A[index], (up[index] * scaling[:, None, None]).mT, None, None
+            product = lora_grouped if mode() == "triton" else lora_grouped_ref
         elif dtype.itemsize == 2:
-            how = A.to(dtype), B.to(dtype), scaling, index
+            how = A.to(dtype), up.mT.to(dtype), scaling, index
 
         def act(x: Tensor, y: Tensor) -> Tensor:
-            update = lora_grouped(x.reshape(len(x), -1, x.shape[-1]), *how)
+            update = product(x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1]), *how)
             return y + update.view_as(y).to(y.dtype)
 
         return act

@@ -125,6 +125,25 @@ def test_rows_train_each_adapter_on_its_own_rows(three, ids) -> None:
             torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
+def test_an_evaluation_inside_the_block_sees_what_training_changed(three, ids) -> None:
+    for p in three.parameters():
+        p.requires_grad_(True)
+    with lowrank.rows(three, ["a", "b", None, "a"]):
+        for _ in range(2):
+            with torch.no_grad():
+                seen = three(ids)
+                assert torch.equal(three(ids), seen)
+            three(ids).square().mean().backward()
+            with torch.no_grad():
+                for name, p in three.named_parameters():
+                    if ".adapters." in name and p.grad is not None:
+                        p -= 0.1 * p.grad
+                now = three(ids)
+            assert not torch.equal(now, seen)
+    with torch.no_grad(), lowrank.rows(three, ["a", "b", None, "a"]):
+        assert torch.equal(three(ids), now)
+
+
 def test_backward_recomputes_with_the_adapters_of_forward(three, ids) -> None:
     """Activation checkpointing runs the layers again in backward, perhaps after the block has ended."""
     for p in three.parameters():
