@@ -99,20 +99,18 @@ def _decode_compiled(out: Tensor, format: str, codes: Tensor, scales: Tensor, bl
     """Fill the front of a bf16 `out` by the compiled loop where there is one; how many values that were."""
     if out.dtype != torch.bfloat16 or format not in COMPILED or not compiled.usable(out) or out.storage_offset() % 2:
         return 0
-    each, repeats = compiled.TILE * compiled.GROUP, block_size // compiled.GROUP
-    values = out.numel() - out.numel() % max(each, block_size)
-    run = compiled.loop("decode")
-    if run is None or not repeats or values < 2 * each:
+    each = compiled.TILE * block_size
+    run, tiles = compiled.loop("decode"), out.numel() // each
+    if run is None or tiles < 2:
         return 0
-    halves = out[:values].view(torch.int32).view(-1, compiled.TILE, 2, compiled.GROUP // 4)
-    tiles = codes[: values // 2].contiguous().view(-1, compiled.TILE, compiled.GROUP // 2)
-    scales = scales[: values // block_size].float().repeat_interleave(repeats) if repeats > 1 else scales.float()
-    scales = scales[: values // compiled.GROUP].contiguous().view(-1, compiled.TILE)
-    for start in range(0, values // each, step := COMPILED_PIECE // each):
-        start = min(start, values // each - 2)  # torch.export makes a size of 1 another program
+    words = out[: tiles * each].view(torch.int32).view(tiles, compiled.TILE, -1)
+    codes = codes[: tiles * each // 2].contiguous().view_as(words)
+    scales = scales[: tiles * compiled.TILE].float().contiguous().view(tiles, compiled.TILE)
+    for start in range(0, tiles, step := max(2, COMPILED_PIECE // each)):
+        start = min(start, tiles - 2)  # torch.export makes a size of 1 another program
         part = slice(start, start + step)
-        run([halves[part, :, 0], halves[part, :, 1], tiles[part], scales[part], codebook(format)])
-    return values
+        run([words[part], codes[part], scales[part], codebook(format)])
+    return tiles * each
 
 
 @cache

@@ -26,30 +26,28 @@ from lowrank.files import cache_folder
 from lowrank.kernels.nf4_codec import decision_bounds, encode_ref
 from lowrank.quant.codebooks import codebook
 
-GROUP = 64  # weights decoded with one scale; a larger block is several groups
-TILE = 16  # groups whose coefficients are made together, one in each lane
+TILE = 16  # blocks that are decoded together, one in each lane
 MODES = ("auto", "off")
 
 
-def decode_tiles(left: Tensor, right: Tensor, codes: Tensor, scales: Tensor, table: Tensor) -> None:
-    """left, right (B, 16, 16) int32, two bf16 each; codes (B, 16, 32) uint8; scales (B, 16) fp32; table (16,) fp32.
-
-    The halves of each group apart, so that one iteration fills both with the same coefficients in registers.
-    """
+def decode_tiles(out: Tensor, codes: Tensor, scales: Tensor, table: Tensor) -> None:
+    """out (B, 16, G/2) int32, two bf16 each; codes (B, 16, G/2) uint8; scales (B, 16) fp32; table (16,) fp32."""
     a = []
     for k in range(16):
         bits = (scales * table[k]).view(torch.int32)
-        a.append((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16 & 0xFFFF)  # to bf16: nearest, ties to even
+        bits = bits + ((bits >> 16) & 1) + 0x7FFF  # to bf16: nearest, ties to even
+        a.append((bits & -0x10000) | ((bits >> 16) & 0xFFFF))
     for j in range(4):
         a = [a[k] ^ a[k - (1 << j)] if k >> j & 1 else a[k] for k in range(16)]
-    coefficients = torch.stack([x | x << 16 for x in a], dim=1)[..., None].unbind(1)  # 16 x (B, 16, 1)
-    for out, byte in ((left, codes[..., :16].int()), (right, codes[..., 16:].int())):
-        halves, terms = byte | byte << 20, list(coefficients)  # >> 4: the first code at bit 0, the second at bit 16
-        for j in range(4):
-            bit = halves >> (4 + j) & 0x10001
-            mask = (bit << 16) - bit
-            terms = [x ^ (y & mask) for x, y in zip(terms[0::2], terms[1::2])]
-        out.copy_(terms[0])
+    coefficients = torch.stack(a, dim=1)[..., None]  # (B, 16 subsets, 16 blocks, 1)
+    byte = codes.int()
+    halves = byte | byte << 20  # >> 4: the first code at bit 0, the second at bit 16
+    terms = list(coefficients.unbind(1))
+    for j in range(4):
+        bit = halves >> (4 + j) & 0x10001
+        mask = (bit << 16) - bit
+        terms = [x ^ (y & mask) for x, y in zip(terms[0::2], terms[1::2])]
+    out.copy_(terms[0])
 
 
 def encode_blocks(packed: Tensor, absmax: Tensor, pairs: Tensor, bounds: Tensor) -> None:
@@ -85,10 +83,9 @@ def _samples() -> dict[str, tuple[Callable[..., None], list[Tensor]]]:
     w = torch.linspace(-8, 8, 4096).sin().view(64, 64)
     codes, absmax = encode_ref(w, codebook("nf4"), 64)
     out = torch.empty(4, TILE, 32, dtype=torch.int32)
-    halves, tiles = [out[..., :16], out.clone()[..., 16:]], [codes.view(4, TILE, 32), absmax.view(4, TILE)]
     bounds, _ = decision_bounds(codebook("nf4"))
     return {
-        "decode": (decode_tiles, [*halves, *tiles, codebook("nf4")]),
+        "decode": (decode_tiles, [out, codes.view(4, TILE, 32), absmax.view(4, TILE), codebook("nf4")]),
         "encode": (encode_blocks, [torch.empty_like(codes).view(64, 32), absmax * 0, w.view(torch.int64), bounds]),
     }
 
@@ -107,8 +104,10 @@ def build() -> float:
     start = time.perf_counter()
     folder().mkdir(parents=True, exist_ok=True)
     blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("bytes", min=16)
-    wide = {0: blocks, 1: width}
-    free = {"decode": [{0: blocks}] * 4 + [None], "encode": [wide, {0: blocks}, wide, None]}
+    free = {
+        "decode": [{0: blocks, 2: width}, {0: blocks, 2: width}, {0: blocks}, None],
+        "encode": [{0: blocks, 1: width}, {0: blocks}, {0: blocks, 1: width}, None],
+    }
     for name, (function, example) in _samples().items():
         program = torch.export.export(_Loop(function), (example,), dynamic_shapes=(free[name],))
         with tempfile.TemporaryDirectory(dir=folder()) as temporary:

@@ -49,12 +49,13 @@ def test_encoding_is_the_reference(format: str, block_size: int) -> None:
 
 
 @pytest.mark.parametrize("format", [*TABLES, "int4"])
-def test_decoding_is_the_reference(format: str) -> None:
-    w, table = weights(64), codebook(format)
-    codes, absmax = encode_ref(w, table, 64)
-    out = torch.empty(2, 16, 2, 16, dtype=torch.int32)
-    compiled.decode_tiles(out[:, :, 0], out[:, :, 1], codes.view(2, 16, 32), absmax.view(2, 16), table)
-    want = decode_ref(codes, absmax, table, w.numel(), torch.bfloat16, 64)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_decoding_is_the_reference(format: str, block_size: int) -> None:
+    w, table = weights(block_size), codebook(format)
+    codes, absmax = encode_ref(w, table, block_size)
+    out = torch.empty(2, 16, block_size // 2, dtype=torch.int32)
+    compiled.decode_tiles(out, codes.view(out.shape), absmax.view(2, 16), table)
+    want = decode_ref(codes, absmax, table, w.numel(), torch.bfloat16, block_size)
     assert torch.equal(out.view(torch.bfloat16).view(-1), want)
 
 
