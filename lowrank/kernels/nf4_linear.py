@@ -249,7 +249,7 @@ def tile(
 
 
 # Rows of x: (outputs, warps, stages, most registers). From compiled code: no spills, fewest instructions a weight.
-TILES = {16: (128, 2, 4, 168), 32: (64, 2, 3, 168), 64: (128, 8, 3, 128)}
+TILES = {16: (128, 2, 4, 192), 32: (64, 2, 3, 192), 64: (128, 8, 3, 128)}
 
 
 @cache
