@@ -142,6 +142,7 @@ def measure(name: str, profile: str) -> dict[str, Any]:
             alone = (time.process_time() - cpu) / (time.perf_counter() - clock)  # of its one core, if others use it too
             seconds = run.metrics["seconds"] * (min(1.0, alone) if torch.get_num_threads() == 1 else 1.0)
             row |= {"train_s": seconds, "tokens": run.metrics["tokens"], "loss": run.metrics["loss"]}
+            adapter = Path(folder) / "run" / "adapter"
             row["file_mb"] = (adapter / "adapter.safetensors").stat().st_size / 1e6
         model, tokenizer = lowrank.load(config.model, template=config.data.template, progress=False)
         if name != "base":
