@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -99,10 +100,11 @@ class QuantReport:
         if not self.four_bit_source:
             return "source: full precision"
         n = len(self.four_bit_source)
-        return (
+        return fill(
             f"source is already 4-bit: {n} of {len(self.of(self.formats[0]))} weights hold at most 16 values in every "
             "block of 32. Affine int4 at block 32 can store them as they are and every other format rounds a second "
-            "time, so these figures say nothing about which format is better for full-precision weights."
+            "time, so these figures say nothing about which format is better for full-precision weights.",
+            width=110,
         )
 
     def plot(self, path: str | Path) -> bool:
