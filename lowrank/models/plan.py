@@ -3,7 +3,7 @@
     peak = weights + adapters + optimizer + logits + workspace + max over backward (activations left + gradients so far)
 
 Weights, adapters and optimizer are counted on the meta device. Activations are not a formula of their own: the model
-itself, two and three layers of it, runs forward and backward on tensors without memory, and what is alive at each
+itself, three and six layers of it, runs forward and backward on tensors without memory, and what is alive at each
 moment is added up; every layer more costs the difference. So a method is planned as it is written, and a change of a
 layer changes its plan. The trace takes the paths of a CPU; a GPU's differ a little (its attention keeps no copies).
 """
@@ -35,6 +35,10 @@ from lowrank.quant.codec import PIECE
 from lowrank.targets import Coverage, attach
 
 HALF = 2  # bytes of a bf16 number
+ALIGNED = (
+    96  # bytes that a gap must have beyond an aligned piece: one just as large as a freed one does not fit into it
+)
+ONCE = 10**8  # what a CPU's first step leaves for good: code that oneDNN generates, its scratch, pages of libraries
 
 
 def _llama(dim: int, hidden: int, layers: int, heads: int, kv: int, vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -117,6 +121,36 @@ class Memory:
     peak: int
 
 
+class _Heap:
+    """Where a best-fit allocator (the C library's) puts each tensor: gaps between those that stay are held, too."""
+
+    def __init__(self) -> None:
+        self.top = self.most = 0
+        self.gaps: dict[int, int] = {}  # start -> end
+
+    def take(self, size: int) -> int:
+        fitting = [(end - start, start) for start, end in self.gaps.items() if end - start >= size + ALIGNED]
+        if not fitting:
+            start, self.top = self.top, self.top + size
+            self.most = max(self.most, self.top)
+            return start
+        start = min(fitting)[1]
+        end = self.gaps.pop(start)
+        if start + size < end:
+            self.gaps[start + size] = end
+        return start
+
+    def give(self, start: int, size: int) -> None:
+        end = self.gaps.pop(start + size, start + size)
+        if (before := next((s for s, e in self.gaps.items() if e == start), None)) is not None:
+            del self.gaps[before]
+            start = before
+        if end == self.top:
+            self.top = start
+        else:
+            self.gaps[start] = end
+
+
 class _Live(TorchDispatchMode):
     """Adds up the storages that are alive; each leaves when its last tensor does."""
 
@@ -124,6 +158,7 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.now = self.most = 0
         self.known: set[int] = set()
+        self.heap = _Heap()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -134,12 +169,14 @@ class _Live(TorchDispatchMode):
                 self.known.add(key)
                 self.now += storage.nbytes()
                 self.most = max(self.most, self.now)
-                weakref.finalize(storage, partial(self.gone, key, storage.nbytes())).atexit = False
+                gone = partial(self.gone, key, storage.nbytes(), self.heap.take(storage.nbytes()))
+                weakref.finalize(storage, gone).atexit = False
         return out
 
-    def gone(self, key: int, size: int) -> None:
+    def gone(self, key: int, size: int, start: int) -> None:
         self.known.discard(key)
         self.now -= size
+        self.heap.give(start, size)
 
 
 def adapted(config: ModelConfig, way: Way, load: Load) -> tuple[nn.Module, int, int]:
@@ -160,8 +197,11 @@ def _attach(model: nn.Module, way: Way, load: Load) -> Coverage:
 
 
 @cache
-def traced(config: ModelConfig, layers: int, way: Way, load: Load) -> tuple[int, int]:
-    """(bytes alive after forward, the most until backward's end) of so many layers, without memory."""
+def traced(config: ModelConfig, layers: int, way: Way, load: Load) -> tuple[int, int, int]:
+    """(bytes alive after forward, bytes held then, the most held until backward's end), with so many layers.
+
+    On a CPU the C library's heap also holds its gaps; a GPU's allocator moves whole pages, and its gaps are in ROOM.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
     still = {"dynamic": "default", "longrope": "default"}  # their frequencies ask the positions, which have no values
@@ -180,14 +220,14 @@ def traced(config: ModelConfig, layers: int, way: Way, load: Load) -> tuple[int,
                 encoder = model.family.encoder
                 cache = None if encoder else KVCache(config, load.batch, load.length, torch.bfloat16, ids.device)
                 hidden = model.hidden(ids) if encoder else model.hidden(ids, None, None, cache)
-                return live.now, live.most
+                return live.now, live.now, live.most
         _attach(model, way, load)
         model.train().checkpointing = way.checkpointing
         with live:
             hidden = model.hidden(ids)
-            held = live.now
+            alive, held = live.now, live.heap.top if load.cpu else live.now
             hidden.backward(torch.empty_like(hidden))
-    return held, live.most
+    return alive, held, live.heap.most if load.cpu else live.most
 
 
 def shortened(config: ModelConfig, layers: int) -> ModelConfig:
@@ -218,23 +258,24 @@ def memory(config: ModelConfig, way: Way, load: Load) -> Memory:
         replace(way, name="", quantized=False),
         replace(load, devices=1),
     )  # the base is frozen: its format is no matter
-    (held, most), (more_held, more_most) = (traced(config, n, *asked) for n in (2, 3))
-    activations = held + (config.n_layers - 2) * (more_held - held)
-    moving = most + (config.n_layers - 2) * (more_most - most) - (4 * trainable - gradients)
-    moving = max(moving, activations + most - held)  # what of activations and gradients is alive together
+    three, six = traced(config, 3, *asked), traced(config, 6, *asked)
+    activations, held, moving = (a + (config.n_layers - 3) * (b - a) // 3 for a, b in zip(three, six))
+    # activations and gradients as they are alive together; of several devices each keeps its share of the gradients
+    moving = max(moving - (4 * trainable - gradients), held + three[2] - three[1])
     one, two = (sum(p.numel() for p in skeleton(shortened(config, n)).parameters()) for n in (1, 2))
     workspace = 2 * HALF * (two - one) if share > 1 else 0  # a layer gathered whole, and the next
     linear = [m.weight.numel() for m in skeleton(shortened(config, 1)).modules() if isinstance(m, nn.Linear)]
     if way.quantized:  # where weights are decoded
         workspace += 16 * PIECE if load.cpu else HALF * max(linear)
+    workspace += ONCE if load.cpu else 0
     outputs = {"causal": config.vocab_size, "mlm": config.vocab_size}.get(config.head, len(config.labels))
     if way.method is None:
         logits = load.batch * outputs * (HALF + 4)
         workspace += min(2**30, HALF * sum(p.numel() for p in skeleton(config).parameters())) if load.cpu else 0  # kept
     else:
         rows = min(CHUNK if load.cpu else LAUNCHED, tokens)
-        logits = rows * outputs * (HALF + 4 * load.cpu) + 2 * tokens * config.dim * HALF  # the states again, and dh
-    peak = weights + adapters + optimizer + workspace + max(activations + logits, moving)
+        logits = rows * outputs * (HALF + 8 * load.cpu) + 2 * tokens * config.dim * HALF  # the states again, and dh
+    peak = weights + adapters + optimizer + workspace + max(held + logits, moving)
     workspace += max(moving - max(activations, gradients), 0)
     return Memory(weights, adapters, gradients, optimizer, activations, logits, workspace, peak)
 

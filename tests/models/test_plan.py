@@ -69,7 +69,9 @@ def test_the_trace_is_what_real_tensors_take_and_grows_by_layers(checkpointing: 
         hidden = model.hidden(ids)
         held = live.now
         hidden.backward(torch.empty_like(hidden))
-    assert (held, live.most) == traced(config, config.n_layers, way, asked)
+    assert (held, held, live.most) == traced(config, config.n_layers, way, asked)
+    _, on_cpu, most = traced(config, config.n_layers, way, replace(asked, cpu=True))
+    assert on_cpu >= held and most >= live.most  # with the gaps between
     two, three, five = (traced(replace(config, windows=(None,) * n), n, way, asked)[0] for n in (2, 3, 5))
     assert five - three == 2 * (three - two)
 
