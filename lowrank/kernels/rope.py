@@ -22,7 +22,7 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     if interleaved:
         swapped = v.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        swapped = torch.cat([v[..., width // 2 :], v[..., : width // 2]], dim=-1)
+        swapped = v.roll(width // 2, dims=-1)
     y = (v * cos).addcmul_(swapped, sin).to(x.dtype)
     return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
 
