@@ -35,9 +35,7 @@ from lowrank.quant.codec import PIECE
 from lowrank.targets import Coverage, attach
 
 HALF = 2  # bytes of a bf16 number
-ALIGNED = (
-    96  # bytes that a gap must have beyond an aligned piece: one just as large as a freed one does not fit into it
-)
+ALIGNED = 96  # bytes: an aligned piece asks for so much more, so that it does not fit where one as large was freed
 ONCE = 10**8  # what a CPU's first step leaves for good: code that oneDNN generates, its scratch, pages of libraries
 
 
@@ -254,10 +252,7 @@ def memory(config: ModelConfig, way: Way, load: Load) -> Memory:
     weights = stored(skeleton(config), way.quantized) // share
     adapters = gradients = 4 * trainable // share  # fp32
     optimizer = 2 * adapters
-    asked = (
-        replace(way, name="", quantized=False),
-        replace(load, devices=1),
-    )  # the base is frozen: its format is no matter
+    asked = replace(way, name="", quantized=False), replace(load, devices=1)  # a frozen base's format does not matter
     three, six = traced(config, 3, *asked), traced(config, 6, *asked)
     activations, held, moving = (a + (config.n_layers - 3) * (b - a) // 3 for a, b in zip(three, six))
     # activations and gradients as they are alive together; of several devices each keeps its share of the gradients
@@ -307,9 +302,8 @@ def advice(peaks: dict[str, float], limit: float, aim: Aim) -> list[str]:
     qlora = first("QLoRA", "QLoRA, checkpointed")
     gb = f"{limit / 1e9:g} GB"  # of which ROOM may be used
     if not (lora or qlora):
-        return [
-            f"It does not train in {gb}: QLoRA with checkpointing takes {peaks['QLoRA, checkpointed'] / 1e9:.1f} GB."
-        ]
+        need = f"{peaks['QLoRA, checkpointed'] / 1e9:.1f} GB"
+        return [f"It does not train in {gb}: QLoRA with checkpointing takes {need}."]
     if aim.light:
         lines = ["Prefix tuning: a few thousand numbers a task, which many tasks keep beside one base."]
     elif aim.samples > MANY and full:
@@ -318,9 +312,7 @@ def advice(peaks: dict[str, float], limit: float, aim: Aim) -> list[str]:
         why = f"full fine-tuning takes {peaks['full, checkpointed'] / 1e9:.1f} GB"
         lines = [f"{lora or qlora}, r = 16 to 32: {aim.samples:,} samples fill a larger rank; {why}."]
     elif aim.general:
-        lines = [
-            f"{lora or qlora}, r = 4 to 8, with a regulariser (data.general_loss=kl): general ability has to stay."
-        ]
+        lines = [f"{lora or qlora}, r = 4 to 8, with a regulariser (data.general_loss=kl): general ability must stay."]
     else:
         why = f"{aim.samples:,} samples are few: a small rank on a 4-bit base, and more wordings of each"
         lines = [f"{qlora or lora} with augmentation: {why}."]
@@ -328,7 +320,7 @@ def advice(peaks: dict[str, float], limit: float, aim: Aim) -> list[str]:
         lines.append(f"Not LoRA over bf16: that takes {peaks['LoRA, checkpointed'] / 1e9:.1f} GB.")
     if aim.domains > 1:
         lines.append(
-            f"One adapter for each of the {aim.domains} domains: none overwrites another, and they switch at once."
+            f"One adapter for each of the {aim.domains} domains: none overwrites another, switching is instant."
         )
     return lines
 
@@ -338,7 +330,6 @@ def screen(source: str, limit: float, load: Load, aim: Aim) -> Group:
     config = read_model(source)
     plans = {way.name: memory(config, way, load) for way in WAYS}
     _, trainable, total = adapted(config, Way("LoRA"), load)
-    base = total - trainable
     targets = "all linear layers" if load.targets is None else ", ".join(load.targets)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("GB on each device")
@@ -351,15 +342,15 @@ def screen(source: str, limit: float, load: Load, aim: Aim) -> Group:
             style = "" if part != "peak" else "bold green" if size * 1e9 <= ROOM * limit else "bold red"
             cells.append(Text("-" if size == 0 else f"{size:.1f}" if size >= 9.95 else f"{size:.2f}", style=style))
         table.add_row(Text(part, style="bold" if part == "peak" else ""), *cells)
-    fits = [Text("yes" if plan.peak <= ROOM * limit else "no") for plan in plans.values()]
-    table.add_row(f"fits {limit / 1e9:g} GB", *fits)
+    table.add_row(f"fits {limit / 1e9:g} GB", *("yes" if p.peak <= ROOM * limit else "no" for p in plans.values()))
     room = f"{ROOM:.0%} of {limit / 1e9:g} GB may be used, the rest is for the device's context and gaps"
+    room = "Python and torch, about 0.4 GB, come on top; " * load.cpu + room
     where = f"{load.devices} devices, sharded (FSDP2)" if load.devices > 1 else "one device"
     lines = advice({name: plan.peak for name, plan in plans.items()}, limit, aim)
     if lines[0].startswith("It does not"):
         lines.append(_way_out(config, limit, load))
     return Group(
-        Text(f"{source} ({config.family}): {base:,} parameters, {config.n_layers} layers", style="bold"),
+        Text(f"{source} ({config.family}): {total - trainable:,} parameters, {config.n_layers} layers", style="bold"),
         f"LoRA r = {load.rank} on {targets}: {trainable:,} of {total:,} parameters train ({trainable / total:.3%})",
         f"{where}; {load.batch} x {load.length:,} tokens at a time; adapters and AdamW in fp32; ckpt: checkpointing",
         "", table, Text(room, style="dim"), "", *lines,
