@@ -113,7 +113,8 @@ def build() -> float:
         with tempfile.TemporaryDirectory(dir=folder()) as temporary:
             settings: dict[str, object] = {"cpp.dynamic_threads": True}  # as many as torch has when it runs
             if name == "decode":  # all coefficients in one loop
-                settings |= {"realize_opcount_threshold": 10**5, "realize_reads_threshold": 10**5, "max_fusion_size": 10**3}
+                large = ("realize_opcount_threshold", "realize_reads_threshold", "max_fusion_size")
+                settings |= dict.fromkeys(large, 10**5)
             to = f"{temporary}/{name}.pt2"
             torch._inductor.aoti_compile_and_package(program, package_path=to, inductor_configs=settings)
             os.replace(to, folder() / f"{name}.pt2")

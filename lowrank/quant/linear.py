@@ -1,7 +1,7 @@
 """A linear layer over a quantized weight: y = x Qᵀ + b, Q decoded in forward and AGAIN in backward.
 
-No dense copy is kept between layers or between forward and backward: Q is decoded a few megabytes at a time, into one
-workspace that all layers share and that stays in the cache. A frozen weight costs its 4 bits.
+No dense copy is kept between layers or between forward and backward: Q is decoded into one workspace that all layers
+share, so a frozen weight costs its 4 bits and the largest layer once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,51 +21,37 @@ from lowrank.quant.formats import parse_format
 from lowrank.quant.packed import PACKED_ROWS, ordered_product, ordered_product_works, pack_product, packable
 from lowrank.quant.tensor import QuantizedTensor
 
-CHUNK = 2**22  # weights decoded at a time: 8 MB of bf16, which stay in the cache until the product has read them
+CHUNK = 2**22  # weights of one part: 8 MB of bf16, which stay in the cache until the product has read them
+FEW_ROWS = 512  # above, a product in parts loses more to reading dy again than it gains
 
 
-def _decoded(q: QuantizedTensor, scales: Tensor, part: tuple[slice, slice] | None, dtype: torch.dtype) -> Tensor:
-    """Q, or the blocks Q[part] of its (O, I/G) blocks, in the shared workspace: good until the next call.  -> flat"""
-    codes, zeros, numel = q.codes, q.zeros, q.numel
-    if part is not None:  # in whole blocks
-        O, N = q.shape[0], q.shape[1] // q.block_size
-        codes, scales = codes.view(O, N, -1)[part].reshape(-1), scales.view(O, N)[part].reshape(-1)
-        zeros = None if zeros is None else zeros.view(O, N)[part].reshape(-1)
-        numel = scales.numel() * q.block_size
-    out = workspace.take("dense", numel, dtype, q.codes.device)
-    decode_into(out, q.format, codes, scales, zeros, q.block_size)
-    return out
-
-
-def _product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """x Qᵀ + b, Q decoded some rows at a time.  (..., I) -> (..., O)"""
-    O, I = q.shape
-    scales, rows = q.block_scales(), max(16, CHUNK // max(I, 1) // 16 * 16)
-    if rows >= O or I % q.block_size or x.device.type != "cpu":
-        return F.linear(x, _decoded(q, scales, None, x.dtype).view(O, I), bias)
-    flat = x.reshape(-1, I)
-    y = flat.new_empty(flat.shape[0], O)
-    for start in range(0, O, rows):
-        span = slice(start, start + rows)
-        w = _decoded(q, scales, (span, slice(None)), x.dtype).view(-1, I)
-        torch.mm(flat, w.t(), out=y[:, span]) if bias is None else torch.addmm(bias[span], flat, w.t(), out=y[:, span])
-    return y.view(*x.shape[:-1], O)
+def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """The values in the shared workspace: good until the next call.  -> (O, I)"""
+    out = workspace.take("dense", q.numel, dtype, q.codes.device)
+    decode_into(out, q.format, q.codes, q.block_scales(), q.zeros, q.block_size)
+    return out.view(q.shape)
 
 
 def product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
-    """dy Q, Q decoded some columns at a time, so that each sum over O is one product.  (..., O) -> (..., I)"""
+    """dy Q; a large Q is decoded some columns at a time: then each sum over O is one product.  (..., O) -> (..., I)"""
     O, I = q.shape
     if q.format == "nf4" and use_triton(dy, q.codes):
         return nf4_linear_dx(dy, q.codes, q.scales, I, q.block_size, _second_level(q))
-    scales, blocks = q.block_scales(), max(1, CHUNK // max(O * q.block_size, 1))
-    if blocks * q.block_size >= I or I % q.block_size or dy.device.type != "cpu":
-        return dy @ _decoded(q, scales, None, dy.dtype).view(O, I)
+    step, few = max(1, CHUNK // max(O * q.block_size, 1)), dy.numel() <= FEW_ROWS * O
+    if step * q.block_size >= I or I % q.block_size or not few or dy.device.type != "cpu":
+        return dy @ dense(q, dy.dtype)
+    blocks = I // q.block_size
+    codes, scales = q.codes.view(O, blocks, -1), q.block_scales().view(O, blocks)
+    zeros = None if q.zeros is None else q.zeros.view(O, blocks)
     flat = dy.reshape(-1, O)
     dx = flat.new_empty(flat.shape[0], I)
-    for start in range(0, I // q.block_size, blocks):
-        span = slice(start, start + blocks)
-        w = _decoded(q, scales, (slice(None), span), dy.dtype).view(O, -1)
-        torch.mm(flat, w, out=dx[:, start * q.block_size :][:, : w.shape[1]])
+    for start in range(0, blocks, step):
+        part = slice(start, start + step)
+        part_scales = scales[:, part].reshape(-1)
+        w = workspace.take("dense", part_scales.numel() * q.block_size, dy.dtype, dy.device)
+        part_zeros = None if zeros is None else zeros[:, part].reshape(-1)
+        decode_into(w, q.format, codes[:, part].reshape(-1), part_scales, part_zeros, q.block_size)
+        torch.mm(flat, w.view(O, -1), out=dx[:, start * q.block_size : (start + step) * q.block_size])
     return dx.view(*dy.shape[:-1], I)
 
 
@@ -73,7 +59,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor) -> Tensor:
         ctx.q = q
-        return _product(x, q, bias)
+        return F.linear(x, dense(q, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -95,7 +81,7 @@ def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
         return nf4_linear(x, q.codes, q.scales, q.shape[0], q.block_size, bias, _second_level(q))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, q)
-    return _product(x, q, bias)
+    return F.linear(x, dense(q, x.dtype), bias)
 
 
 class _Kept:

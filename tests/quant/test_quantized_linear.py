@@ -33,7 +33,7 @@ def test_values_and_gradients_are_those_of_the_decoded_weight(format: str, dtype
 def test_a_large_weight_is_decoded_in_parts(
     format: str, shape: tuple[int, int], block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts by rows in forward and by columns in backward; blocks that cross rows are decoded at once."""
+    """By columns, in backward; blocks that cross rows are decoded at once."""
     monkeypatch.setattr(linear_module, "CHUNK", 2**15)
     torch.manual_seed(0)
     q = QuantizedTensor.quantize(torch.randn(shape), format, block_size)
