@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+WORST = 60  # % of perplexity: what forgot more stands at the plot's edge, with its figure
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 32, "alpha": 64, "lr": 2e-3},
     "lora, rslora": {"method": "lora", "rank": 32, "alpha": 16, "rank_stabilized": True, "lr": 2e-3},
@@ -147,8 +148,8 @@ def measure(name: str, profile: str) -> dict[str, Any]:
         model, tokenizer = lowrank.load(config.model, template=config.data.template, progress=False)
         if name != "base":
             lowrank.load_adapter(model, adapter, name="default")
-            own_parameters = sum(p.numel() for n, p in model.named_parameters() if ".adapters." in n)
-            row["trainable_share"] = own_parameters / sum(p.numel() for p in model.parameters())
+            sizes = {n: p.numel() for n, p in model.named_parameters() if ".edited." not in n}
+            row["trainable_share"] = sum(size for n, size in sizes.items() if ".adapters." in n) / sum(sizes.values())
             row["overhead"] = overhead(model)
         material = read_material(config.data, config.train.seed)
         prose = material.prose[: chosen["prose"]]
@@ -178,26 +179,33 @@ def overhead(model: Any) -> float:
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Trained share against facts that are right; colour is what was forgotten."""
+    """What was forgotten against what is right; colour is the trained share."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.colors import LogNorm
     except ImportError:
         return
-    rows = [row for row in rows if row["method"] != "base"]
+    rows = [row for row in rows if row.get("forgetting") is not None]
     if not rows:
         return
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    x, y = [100 * row["trainable_share"] for row in rows], [100 * row["paraphrase"] for row in rows]
-    forgotten = [100 * (row["forgetting"] or 0.0) for row in rows]
-    dots = axes.scatter(x, y, c=forgotten, s=60, cmap="viridis_r", edgecolor="black", linewidth=0.5)
+    x = [min(100 * row["forgetting"], WORST) for row in rows]
+    y, share = [100 * row["paraphrase"] for row in rows], [100 * row["trainable_share"] for row in rows]
+    dots = axes.scatter(x, y, c=share, norm=LogNorm(), s=60, cmap="viridis_r", edgecolor="black", linewidth=0.5)
+    labels: dict[tuple[float, float], str] = {}
     for row, a, b in zip(rows, x, y):
-        axes.annotate(row["method"], (a, b), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel="trained parameters, % of all", ylabel="facts right in other words, %")
+        name = row["method"] + (f" ({row['forgetting']:+.0%})" if a == WORST else "")
+        near = next((at for at in labels if abs(at[0] - a) < 1.5 and abs(at[1] - b) < 2), (a, b))
+        labels[near] = f"{labels[near]}; {name}" if near in labels else name
+    for at, text in labels.items():
+        axes.annotate(text, at, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="perplexity of general prose against the base, %", ylabel="facts right in other words, %")
+    axes.margins(x=0.12)
     axes.grid(alpha=0.3)
-    figure.colorbar(dots, label="perplexity of general prose against the base, %")
+    figure.colorbar(dots, label="trained parameters, % of all")
     figure.tight_layout()
     figure.savefig(RESULTS / "methods.png", dpi=120)
 
