@@ -4,6 +4,8 @@ tokenizer.ggml.model = gpt2     byte-level BPE: tokens, merges, and the rule `pr
 tokenizer.ggml.model = llama    sentencepiece's BPE: tokens with scores, byte tokens for what is in no token
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tokenizers
@@ -40,6 +42,17 @@ def adds_bos(metadata: dict[str, Any]) -> bool:
     )
 
 
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """What the tokenizers library raises, as ours: plain Exceptions, and a BaseException where its own code panics."""
+    try:
+        yield
+    except (ValueError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise FileFormatError(f"{message}: {error}") from error
+
+
 def build(metadata: dict[str, Any], where: str) -> tokenizers.Tokenizer:
     """The tokenizer, with control tokens as special ones. Errors name the file and the key."""
     kind = metadata.get("tokenizer.ggml.model")
@@ -52,12 +65,8 @@ def build(metadata: dict[str, Any], where: str) -> tokenizers.Tokenizer:
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise FileFormatError(f"{where}: {len(types)} token types for {len(tokens)} tokens")
-    try:
+    with library_errors(f"{where}: the tokenizer's vocabulary and merges do not fit together"):
         inner = (_byte_level if kind == "gpt2" else _pieces)(metadata, tokens, types, where)
-    except (FileFormatError, ValueError):
-        raise
-    except Exception as error:  # the library raises plain Exceptions
-        raise FileFormatError(f"{where}: the tokenizer's vocabulary and merges do not fit together: {error}") from error
     for which, special in ((CONTROL, True), (USER_DEFINED, False)):
         added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types) if k == which]
         inner.add_special_tokens(added) if special else inner.add_tokens(added)

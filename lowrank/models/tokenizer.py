@@ -19,7 +19,7 @@ import tokenizers
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json
 from lowrank.models.checkpoint import Checkpoint, GGUFCheckpoint
-from lowrank.models.gguf_vocabulary import KINDS, adds_bos, build
+from lowrank.models.gguf_vocabulary import KINDS, adds_bos, build, library_errors
 from lowrank.models.templates import render, template_text
 
 
@@ -197,10 +197,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"no tokenizer at {path}: wanted tokenizer.json, tokenizer.model or a .gguf file")
     if file.suffix == ".json":
         read_json(file)  # a clear error for what is not JSON
-        try:
+        with library_errors(f"{file} is damaged or no tokenizer.json"):
             vocabulary: Vocabulary = FastVocabulary(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # the library raises plain Exceptions
-            raise FileFormatError(f"{file} is damaged or no tokenizer.json: {error}") from error
+            vocabulary.encode("a 1", True, True)  # what is wrong with its rules shows here
     else:
         settings = _object(file.parent / "tokenizer_config.json")
         chatglm = settings.get("tokenizer_class") == "ChatGLMTokenizer"
