@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--memory", default="24GB", help="of each device (default: 24GB)")
     command.add_argument("--batch", type=int, default=1, help="examples at a time on each device (default: 1)")
-    command.add_argument("--length", type=int, default=1024, help="tokens of an example (default: 1024)")
+    command.add_argument("--length", type=int, help="tokens of an example (default: 1024, or all that the model takes)")
     command.add_argument("--devices", type=int, default=1)
     command.add_argument("--rank", type=int, default=8)
     command.add_argument("--targets", help="layers for the adapter, comma-separated (default: all linear ones)")
@@ -355,9 +355,11 @@ def _domain(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from lowrank.models.plan import Aim, Load, parse_size, screen
+    from lowrank.models.plan import Aim, Load, parse_size, read_model, screen
     from lowrank.training.screen import console
 
+    if args.length is None:
+        args.length = min(1024, read_model(args.model).max_positions)
     for name in ("batch", "length", "devices", "rank", "samples", "domains"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -116,6 +116,12 @@ def test_a_70b_model_is_told_not_to_train_in_24_gb(capsys: pytest.CaptureFixture
     assert "It does not train in 24 GB" in text and "39.5 GB in double-quantized NF4" in text and "devices" in text
 
 
+def test_an_encoder_is_planned_at_the_length_it_takes(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "bert-base", "--cpu", "--memory", "8GB"]) == 0
+    assert "1 x 512 tokens" in capsys.readouterr().out
+    assert main(["plan", "bert-base", "--length", "513"]) == 2 and "512 positions" in capsys.readouterr().err
+
+
 def test_sizes_and_names_that_are_none(tmp_path: Path) -> None:
     assert [parse_size(s) for s in ("24GB", "24", "512mb", "16 GiB")] == [24e9, 24e9, 512e6, 16 * 2**30]
     for bad in ("", "GB", "-3GB", "0", "24 parsecs"):
