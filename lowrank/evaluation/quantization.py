@@ -40,8 +40,8 @@ def report_of(source: str, formats: Sequence[str], block_size: int = 64, text: s
         if format is not None:
             for name, weight in weights:  # from fp32, as `load` does
                 rounded = QuantizedTensor.quantize(weight, format, block_size).dequantize(torch.bfloat16)
-                layer = held.get_submodule(name.removesuffix(".weight"))
-                layer.weight.data.copy_(rounded.T if isinstance(layer, Conv1D) else rounded)
+                turned = isinstance(held.get_submodule(name.removesuffix(".weight")), Conv1D)
+                held.get_parameter(name).data.copy_(rounded.T if turned else rounded)
         return perplexity(held, tokenizer, words).value
 
     with counting("weights", len(weights)) as count:
