@@ -94,6 +94,22 @@ def test_each_row_runs_as_if_alone(three, ids) -> None:
         torch.testing.assert_close(together[i : i + 1], alone(three, ids[i : i + 1], choice))
 
 
+@pytest.mark.parametrize("tokens", [2, 40])  # 8: fp32 products; 160: products in 16 bits
+def test_each_row_of_a_16_bit_model_runs_as_if_alone(make, fill_randomly, tokens) -> None:
+    model = make(dtype=torch.bfloat16)
+    for seed, (name, rank) in enumerate([("a", 4), ("b", 2)]):
+        lowrank.attach(model, LoRAConfig(rank=rank), name=name)
+        fill_randomly(model, seed=seed)
+    long, choices = torch.arange(4 * tokens).view(4, tokens) % 40, ["a", {"b": 0.5}, None, "a"]
+    with torch.no_grad(), lowrank.rows(model, choices):
+        together = model(long)
+    for i, choice in enumerate(choices):
+        with torch.no_grad():
+            wanted = alone(model, long[i : i + 1], choice)
+        # a few roundings to 8 bits in each of six layers
+        assert (together[i : i + 1] - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
 def test_rows_needs_one_choice_for_each_row(three, ids) -> None:
     with pytest.raises(ValueError, match="3 rows, the batch has 4"), lowrank.rows(three, ["a"] * 3):
         three(ids)
