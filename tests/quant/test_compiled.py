@@ -27,12 +27,13 @@ def own_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def weights(block_size: int) -> torch.Tensor:
-    """32 blocks of all magnitudes: normal ones, tiny and huge ones, zeros, the decision bounds themselves."""
+    """32 blocks of all magnitudes: normal ones, tiny and huge ones, zeros, the decision bounds, a tie."""
     w = torch.randn(32, block_size, generator=torch.Generator().manual_seed(0))
     w = w * torch.exp2(torch.linspace(-146, 120, 32))[:, None]
     w[3], w[5, ::2] = 0, 0
     w[7] = decision_bounds(codebook("nf4"))[0].repeat(block_size // 8 + 1)[:block_size]
     w[7, 0] = 1
+    w[9], w[9, 0] = 0, 1 + 3 * 2.0**-8  # as bf16 half-way between two, of which the lower is odd
     return w
 
 
