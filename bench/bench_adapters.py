@@ -214,6 +214,7 @@ def cycle(act: Callable[[str], Any]) -> Run:
     return run
 
 
+COLUMNS = ("base", "ours", "peft", "own base", "own")
 AIMS = {"attach": "5x", "forward": "overhead at most half", "mixed": "3x", "switch": "under 1 ms"}
 
 
@@ -222,7 +223,8 @@ def table(rows: dict[str, Times]) -> str:
     lines = ["| | base | lowrank | PEFT | PEFT / lowrank | own decoder: base | with lowrank | aim |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     for what, t in rows.items():
-        cells = [f"{1e3 * t[who]:.1f}" if who in t else "" for who in ("base", "ours", "peft", "own base", "own")]
+        ms = {who: 1e3 * seconds for who, seconds in t.items()}
+        cells = [f"{ms[who]:.{1 if ms[who] > 1 else 3}f}" if who in ms else "" for who in COLUMNS]
         ratio = f"{t['peft'] / t['ours']:.1f}x" if "peft" in t else ""
         aim = AIMS.get(what.split()[0], "")
         lines.append(f"| {what} | {' | '.join(cells[:3])} | {ratio} | {' | '.join(cells[3:])} | {aim} |")

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 WORST = 60  # % of perplexity: what forgot more stands at the plot's edge, with its figure
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 32, "alpha": 64, "lr": 2e-3},
-    "lora, rslora": {"method": "lora", "rank": 32, "alpha": 16, "rank_stabilized": True, "lr": 2e-3},
+    "rslora": {"method": "lora", "rank": 32, "alpha": 16, "rank_stabilized": True, "lr": 2e-3},
     "lora+": {"method": "lora", "rank": 32, "alpha": 64, "lr_ratio": 8.0, "lr": 7e-4},
     "dora": {"rank": 32, "alpha": 64, "lr": 2e-3},
     "loftq": {"rank": 32, "alpha": 32, "lr": 1e-3},
@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "houlsby": {"rank": 32, "lr": 2e-3},
     "pfeiffer": {"rank": 64, "lr": 2e-3},
     "parallel": {"rank": 64, "lr": 2e-3},
-    "prefix": {"tokens": 8, "hidden": 64, "lr": 3e-3},
+    "prefix": {"tokens": 16, "lr": 1e-2},
     "prompt": {"tokens": 20, "lr": 5e-2},
     "p_tuning": {"tokens": 20, "lr": 1e-3},
 }
@@ -67,7 +67,7 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, default="short")
-    parser.add_argument("--methods", default="base;" + ";".join(METHODS), help="names, separated by semicolons")
+    parser.add_argument("--methods", default="base," + ",".join(METHODS), help="names, separated by commas")
     parser.add_argument("--again", action="store_true", help="run a finished method once more")
     parser.add_argument("--table", action="store_true", help="run nothing: show and draw what is there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -75,7 +75,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.profile)))
         return
-    for name in arguments.methods.split(";") if not arguments.table else []:
+    for name in arguments.methods.split(",") if not arguments.table else []:
         if name in finished(arguments.profile) and not arguments.again:
             continue
         command = [sys.executable, "-m", "bench.bench_methods", "--one", name, "--profile", arguments.profile]
@@ -201,7 +201,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
         near = next((at for at in labels if abs(at[0] - a) < 1.5 and abs(at[1] - b) < 2), (a, b))
         labels[near] = f"{labels[near]}; {name}" if near in labels else name
     for at, text in labels.items():
-        axes.annotate(text, at, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        side = {"xytext": (-6, 4), "ha": "right"} if at[0] == WORST else {"xytext": (6, 4)}
+        axes.annotate(text, at, textcoords="offset points", fontsize=8, **side)
     axes.set(xlabel="perplexity of general prose against the base, %", ylabel="facts right in other words, %")
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
