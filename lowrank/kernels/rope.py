@@ -19,10 +19,7 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     """The definition: x cos + swap(x) (±sin), where swap exchanges the two numbers of each pair."""
     width = cos.shape[-1]
     v = x[..., :width].to(cos.dtype)
-    if interleaved:
-        swapped = v.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        swapped = v.roll(width // 2, dims=-1)
+    swapped = v.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else v.roll(width // 2, dims=-1)
     y = (v * cos).addcmul_(swapped, sin).to(x.dtype)
     return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
 
