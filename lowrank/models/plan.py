@@ -36,7 +36,7 @@ from lowrank.targets import Coverage, attach
 
 HALF = 2  # bytes of a bf16 number
 ALIGNED = 96  # bytes: an aligned piece asks for so much more, so that it does not fit where one as large was freed
-ONCE = 10**8  # what a CPU's first step leaves for good: code that oneDNN generates, its scratch, pages of libraries
+ONCE = 140 * 10**6  # measured: what loading and a first step leave for good (oneDNN's code and scratch, library pages)
 
 
 def _llama(dim: int, hidden: int, layers: int, heads: int, kv: int, vocabulary: int, **more: Any) -> dict[str, Any]:
