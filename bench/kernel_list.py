@@ -199,4 +199,8 @@ for entries in (
     ),
 ):
     ENTRIES += [entry for entry in entries if entry.name.endswith("bf16")]
-    ENTRIES += [replace(e, tensor_cores=False, targets=AMPERE) for e in entries if e.name.endswith("fp32")]
+    ENTRIES += [
+        replace(e, tensor_cores=False, targets=AMPERE, warps=8 if "outer" in e.name else 4)
+        for e in entries
+        if e.name.endswith("fp32")
+    ]

@@ -146,7 +146,8 @@ def _outered(h: Tensor, x: Tensor, w: Tensor, index: Tensor, scaling: Tensor) ->
     (N, T, R), (K, _, I), tile = h.shape, w.shape, _tile(h.shape[2])
     dw = torch.empty_like(w)
     grid = K, triton.cdiv(I, WIDTH), triton.cdiv(R, tile["RANKS"])
-    _outer[grid](h, x, index, scaling, dw, x.stride(0), x.stride(1), *dw.stride(), N, T, I, R, **tile)
+    warps = 8 if dw.dtype == torch.float32 else 4  # 4 spill in fp32
+    _outer[grid](h, x, index, scaling, dw, x.stride(0), x.stride(1), *dw.stride(), N, T, I, R, **tile, num_warps=warps)
     return dw
 
 
