@@ -95,8 +95,12 @@ def test_kl_of_a_model_to_itself_is_zero_and_has_no_gradient(mode, device, monke
     monkeypatch.setenv("LOWRANK_KERNELS", mode)
     hidden, weight, _ = (t.to(device) for t in tensors(5, 16, 40, torch.float32))
     loss = ce.linear_kl(hidden, hidden.detach().clone(), weight.detach())
-    assert loss.item() == 0
-    assert torch.autograd.grad(loss, hidden)[0].abs().max() == 0
+    # the two products may round apart (the order of sums goes by alignment and threads): a logit is off by
+    # at most D eps sum |h w|, a row's loss by as much again for log-sum-exp, and a gradient by that times sum |w|
+    eps = torch.finfo(torch.float32).eps
+    logit = 16 * eps * (hidden.abs() @ weight.abs().T).max().item()
+    assert abs(loss.item()) <= 5 * 2 * logit
+    assert torch.autograd.grad(loss, hidden)[0].abs().max() <= 2 * logit * weight.abs().sum(0).max()
 
 
 def test_bf16_stays_within_the_rounding_of_its_logits() -> None:
