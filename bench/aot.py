@@ -27,11 +27,11 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from bench.kernel_list import ENTRIES, Entry  # noqa: E402
+from bench.kernel_list import ENTRIES, Entry
 
 RESULTS = Path(__file__).parent / "results" / "aot.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

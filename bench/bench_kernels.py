@@ -27,24 +27,24 @@ DRY = "--dry-run" in sys.argv
 if DRY:
     os.environ |= {"TRITON_INTERPRET": "1", "LOWRANK_KERNELS": "triton"}
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from bench.roofline import NF4_BYTES, ROWS, SHAPES, product  # noqa: E402
-from lowrank.files import cache_folder, write_json  # noqa: E402
-from lowrank.kernels import nf4_linear as nf4  # noqa: E402
-from lowrank.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref  # noqa: E402
-from lowrank.kernels.dispatch import describe  # noqa: E402
-from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref  # noqa: E402
-from lowrank.kernels.lora_linear import lora_linear, lora_linear_ref  # noqa: E402
-from lowrank.kernels.nf4_codec import dequantize_into, nf4_quantize  # noqa: E402
-from lowrank.kernels.rms_norm import rms_norm, rms_norm_ref  # noqa: E402
-from lowrank.kernels.rope import rope, rope_ref  # noqa: E402
-from lowrank.kernels.row_norm import row_norm, row_norm_ref  # noqa: E402
-from lowrank.kernels.swiglu import swiglu, swiglu_ref  # noqa: E402
-from lowrank.quant.codebooks import codebook  # noqa: E402
-from lowrank.quant.double import quantize_scales  # noqa: E402
+from bench.roofline import NF4_BYTES, ROWS, SHAPES, product
+from lowrank.files import cache_folder, write_json
+from lowrank.kernels import nf4_linear as nf4
+from lowrank.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from lowrank.kernels.dispatch import describe
+from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref
+from lowrank.kernels.lora_linear import lora_linear, lora_linear_ref
+from lowrank.kernels.nf4_codec import dequantize_into, nf4_quantize
+from lowrank.kernels.rms_norm import rms_norm, rms_norm_ref
+from lowrank.kernels.rope import rope, rope_ref
+from lowrank.kernels.row_norm import row_norm, row_norm_ref
+from lowrank.kernels.swiglu import swiglu, swiglu_ref
+from lowrank.quant.codebooks import codebook
+from lowrank.quant.double import quantize_scales
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 HALF = torch.bfloat16

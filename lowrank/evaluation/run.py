@@ -125,6 +125,7 @@ def evaluate(
         raise unknown("choice of items", items, ("all", "subset"))
     folder, settings = _run(config_or_run)
     chosen = _asked(settings.eval, tuple(tasks), items, split)
+    mark = "" if chosen.split == settings.eval.split else f"-{chosen.split}"  # the run's own files are of its own split
     material = read_material(settings.data, settings.train.seed, chosen.split)
     asked = system_of(record for part in material.test.values() for record in part)
     warn_of_differences(folder, **{**GREEDY, "system": asked, "max_new_tokens": chosen.max_new_tokens})
@@ -132,14 +133,13 @@ def evaluate(
     model, tokenizer = reopen(folder)
     measured("tuned", model, tokenizer)
     if str(against) != "base":
-        return _against(folder, Path(against), measured)
+        return _against(folder, Path(against), measured, mark)
     activate(model, None)
     measured("base", model, tokenizer)
     del model
     if settings.eval.delivered and settings.quantize is not None:
         model, tokenizer = reopen(folder, quantize=None, adapter=False)
         measured("delivered", model, tokenizer)
-    mark = "" if chosen.split == settings.eval.split else f"-{chosen.split}"  # the run's own files are of its own split
     path = folder / f"results{mark}.json"
     kept = read_json(path) if path.is_file() else {}
     results = {**kept, **{column: _onto(kept.get(column), found) for column, found in measured.results.items()}}
@@ -159,7 +159,7 @@ def _onto(before: Any, found: dict[str, Any]) -> dict[str, Any]:
     return {**before, **found, **nested}
 
 
-def _against(folder: Path, other: Path, measured: Measured) -> dict[str, Any]:
+def _against(folder: Path, other: Path, measured: Measured, mark: str) -> dict[str, Any]:
     """The second run answers the first one's questions; its own files stay untouched."""
     if other.resolve() == folder.resolve():
         raise ConfigError(f"--against names the same run, {folder}; wanted another run's folder, or base")
@@ -171,9 +171,10 @@ def _against(folder: Path, other: Path, measured: Measured) -> dict[str, Any]:
         "comparison": compare(measured.rows["tuned"], measured.rows[name]) if measured.rows["tuned"] else {},
         "names": {"tuned": folder.name, name: name},
     }
-    write_jsonl(folder / f"samples-{name}.jsonl", samples(measured.rows))
-    write_json(folder / f"results-{name}.json", results)
-    write_report(folder, results, against=other, notice=measured.material.notice)
+    write_jsonl(folder / f"samples-{name}{mark}.jsonl", samples(measured.rows))
+    write_json(folder / f"results-{name}{mark}.json", results)
+    if not mark:
+        write_report(folder, results, against=other, notice=measured.material.notice)
     return results
 
 

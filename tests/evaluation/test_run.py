@@ -89,6 +89,10 @@ def test_the_validation_part_is_asked_in_its_own_words_and_kept_in_its_own_files
     of_test = {row["question"] for _, row in read_jsonl(runs[0] / "samples.jsonl")}
     of_validation = {row["question"] for _, row in read_jsonl(runs[0] / "samples-validation.jsonl")}
     assert of_validation and not of_test & of_validation
+    of_both = {path: path.read_bytes() for path in runs[0].glob("*-two.*")}
+    evaluate(runs[0], tasks=("truth",), against=runs[1], items="subset", split="validation")
+    assert (runs[0] / "results-two-validation.json").is_file()
+    assert of_both == {path: path.read_bytes() for path in runs[0].glob("*-two.*")}
 
 
 def test_a_domain_of_another_field_goes_through_training_evaluation_and_report(tiny: Path, tmp_path: Path) -> None:

@@ -35,10 +35,9 @@ def compare(ours, ref, inputs: list[Tensor], dtype: torch.dtype, terms: int) -> 
 def test_rms_norm_in_plain_torch(dtype, offset) -> None:
     torch.manual_seed(0)
     x, w = 3 * torch.randn(2, 7, 24), torch.randn(24)
-    ref = lambda x, w: rms_norm_ref(x, w, 1e-5, offset)  # noqa: E731
-    compare(lambda x, w: rms_norm(x, w, 1e-5, offset), ref, [x, w], dtype, 24)
+    compare(lambda x, w: rms_norm(x, w, 1e-5, offset), lambda x, w: rms_norm_ref(x, w, 1e-5, offset), [x, w], dtype, 24)
     with torch.no_grad():
-        torch.testing.assert_close(rms_norm(x, w, 1e-5, offset), ref(x, w))
+        torch.testing.assert_close(rms_norm(x, w, 1e-5, offset), rms_norm_ref(x, w, 1e-5, offset))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,8 +98,13 @@ def test_rope(size, interleaved, dtype, device, agree) -> None:
     shape, rows, dim = size
     cos, sin = tables(rows, shape[1], dim, interleaved, device)
     x = torch.randn(shape, device=device).to(dtype)
-    ref = lambda x: rope_ref(x, cos.double(), sin.double(), interleaved)  # noqa: E731
-    agree(lambda x: rope(x, cos, sin, interleaved), ref, [x], 3)  # two products and a sum
+    # 3: two products and a sum
+    agree(
+        lambda x: rope(x, cos, sin, interleaved),
+        lambda x: rope_ref(x, cos.double(), sin.double(), interleaved),
+        [x],
+        3,
+    )
     assert torch.equal(rope(x, cos, sin, interleaved)[..., dim:], x[..., dim:])
 
 
@@ -134,8 +138,13 @@ def test_row_norm(size, mode, dtype, device, agree, monkeypatch) -> None:
     W = W.to(dtype).T  # rows that lie apart
     # W Aᵀ, A, B and cB are rounded to W's dtype, a few times the size of the largest result; fp32: sums of I and R
     inner = 0 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps / 2**-23
-    ref = lambda A, B: row_norm_ref(W.double(), A, B, 0.5)  # noqa: E731
-    agree(lambda A, B: row_norm(W, A, B, 0.5), ref, [A, B], 16 * sum(size), inner)
+    agree(
+        lambda A, B: row_norm(W, A, B, 0.5),
+        lambda A, B: row_norm_ref(W.double(), A, B, 0.5),
+        [A, B],
+        16 * sum(size),
+        inner,
+    )
     squares = W.double().square().sum(1)
     unchanged = row_norm(W, A, torch.zeros_like(B), 0.5, squares)
     assert torch.equal(unchanged, squares.sqrt().float())  # to the last bit: DoRA's m / |V| is 1 at the start
