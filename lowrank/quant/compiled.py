@@ -15,6 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -78,67 +79,95 @@ class _Loop(nn.Module):
         return ()
 
 
-def _samples() -> dict[str, tuple[Callable[..., None], list[Tensor]]]:
-    """For each loop a small case: 64 blocks of 64 in NF4."""
-    w = torch.linspace(-8, 8, 4096).sin().view(64, 64)
-    codes, absmax = encode_ref(w, codebook("nf4"), 64)
+@dataclass(frozen=True)
+class Source:
+    """What is compiled: a function that writes its results into some of the tensors that it is given."""
+
+    function: Callable[..., None]
+    example: Callable[[], list[Tensor]]
+    """A small case, which it is compiled with and tried on."""
+    dynamic: list[dict[int, str] | None]
+    """For each tensor the names of its free sizes, "name:min" (one name, one size)."""
+    settings: dict[str, object] = field(default_factory=dict)
+    """Inductor's."""
+    alike: Callable[[Tensor, Tensor], bool] = torch.equal
+    """Whether a result is right, given the eager one."""
+
+
+def _decode_example() -> list[Tensor]:
+    codes, absmax = encode_ref(_encode_example()[2].view(torch.float32), codebook("nf4"), 64)
     out = torch.empty(4, TILE, 32, dtype=torch.int32)
-    bounds, _ = decision_bounds(codebook("nf4"))
-    return {
-        "decode": (decode_tiles, [out, codes.view(4, TILE, 32), absmax.view(4, TILE), codebook("nf4")]),
-        "encode": (encode_blocks, [torch.empty_like(codes).view(64, 32), absmax * 0, w.view(torch.int64), bounds]),
-    }
+    return [out, codes.view(4, TILE, 32), absmax.view(4, TILE), codebook("nf4")]
+
+
+def _encode_example() -> list[Tensor]:
+    """64 blocks of 64 in NF4."""
+    w = torch.linspace(-8, 8, 4096).sin().view(64, 64)
+    packed, bounds = torch.zeros(64, 32, dtype=torch.uint8), decision_bounds(codebook("nf4"))[0]
+    return [packed, torch.zeros(64), w.view(torch.int64), bounds]
+
+
+_B, _W = "blocks:2", "bytes:16"
+_ONE_LOOP = ("realize_opcount_threshold", "realize_reads_threshold", "max_fusion_size")  # all coefficients together
+SOURCES = {
+    "decode": Source(
+        decode_tiles, _decode_example, [{0: _B, 2: _W}, {0: _B, 2: _W}, {0: _B}, None], dict.fromkeys(_ONE_LOOP, 10**5)
+    ),
+    "encode": Source(encode_blocks, _encode_example, [{0: _B, 1: _W}, {0: _B}, {0: _B, 1: _W}, None]),
+}
 
 
 def folder() -> Path:
-    """Where this machine's loops lie: another torch, source or processor has another folder."""
+    """Where this machine's loops lie: another torch or processor has another folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    key = f"{Path(__file__).read_text(encoding='utf-8')} {torch.__version__} {platform.machine()} {flags}"
+    key = f"{torch.__version__} {platform.machine()} {flags}"
     return cache_folder() / f"compiled-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
+def package(name: str) -> Path:
+    """Where a loop's package lies: another source has another name."""
+    files = {__file__, SOURCES[name].function.__code__.co_filename}
+    text = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(files))
+    return folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt2"
+
+
 def build() -> float:
-    """Compile both loops into `folder()`; the seconds it took."""
+    """Compile every loop into `folder()`; the seconds it took."""
     start = time.perf_counter()
     folder().mkdir(parents=True, exist_ok=True)
-    blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("bytes", min=16)
-    free = {
-        "decode": [{0: blocks, 2: width}, {0: blocks, 2: width}, {0: blocks}, None],
-        "encode": [{0: blocks, 1: width}, {0: blocks}, {0: blocks, 1: width}, None],
-    }
-    for name, (function, example) in _samples().items():
-        program = torch.export.export(_Loop(function), (example,), dynamic_shapes=(free[name],))
+    for name, source in SOURCES.items():
+        given = {at for free in source.dynamic if free for at in free.values()}
+        dims = {at: torch.export.Dim(at.split(":")[0], min=int(at.split(":")[1])) for at in given}
+        free = [None if free is None else {i: dims[at] for i, at in free.items()} for free in source.dynamic]
+        program = torch.export.export(_Loop(source.function), (source.example(),), dynamic_shapes=(free,))
         with tempfile.TemporaryDirectory(dir=folder()) as temporary:
-            settings: dict[str, object] = {"cpp.dynamic_threads": True}  # as many as torch has when it runs
-            if name == "decode":  # all coefficients in one loop
-                large = ("realize_opcount_threshold", "realize_reads_threshold", "max_fusion_size")
-                settings |= dict.fromkeys(large, 10**5)
+            settings = {"cpp.dynamic_threads": True, **source.settings}  # as many threads as torch has when it runs
             to = f"{temporary}/{name}.pt2"
             torch._inductor.aoti_compile_and_package(program, package_path=to, inductor_configs=settings)
-            os.replace(to, folder() / f"{name}.pt2")
+            os.replace(to, package(name))
     loop.cache_clear()
     return time.perf_counter() - start
 
 
 @cache
 def loop(name: str) -> Callable[[list[Tensor]], object] | None:
-    """The compiled "decode" or "encode" if it is there and right, chosen once in a process."""
+    """The compiled version of a source if it is there and right, chosen once in a process."""
     mode = os.environ.get("LOWRANK_COMPILED", "auto")
     if mode not in MODES:
         raise unknown("value of LOWRANK_COMPILED", mode, MODES)
-    path = folder() / f"{name}.pt2"
-    if mode == "off" or not path.is_file():
+    if mode == "off" or not package(name).is_file():
         return None
-    (function, want), (_, got) = _samples()[name], _samples()[name]
-    function(*want)
+    source = SOURCES[name]
+    want, got = source.example(), source.example()
+    source.function(*want)
     try:
-        run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
+        run = torch._C._aoti.AOTIModelPackageLoader(str(package(name)), "model", False, 1, -1).run
         run(got)
     except (AttributeError, RuntimeError, TypeError):  # the loader is private: it may change
         return None
-    return run if all(map(torch.equal, want, got)) else None
+    return run if all(map(source.alike, want, got)) else None
 
 
 def usable(tensor: Tensor) -> bool:

@@ -63,7 +63,7 @@ def test_decoding_is_the_reference(format: str, block_size: int) -> None:
 def test_it_is_chosen_once_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.loop("decode") is None and "lowrank doctor --compile" in describe()["quantized weights"]
     compiled.folder().mkdir(parents=True)
-    (compiled.folder() / "decode.pt2").write_bytes(b"not a package")
+    compiled.package("decode").write_bytes(b"not a package")
     assert compiled.loop("decode") is None  # chosen before it was there
     compiled.loop.cache_clear()
     assert compiled.loop("decode") is None  # and what cannot be loaded is left alone
