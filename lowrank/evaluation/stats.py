@@ -1,9 +1,8 @@
-"""How sure a figure is: intervals for shares and means, a test for pairs, agreement of two raters."""
+"""How sure a figure is: intervals for shares and means, a test for pairs."""
 
 import math
 import random
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist, fmean
 
 Interval = tuple[float, float]
@@ -52,14 +51,3 @@ def mcnemar(only_first: int, only_second: int) -> float:
         return 1.0
     tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
     return min(1.0, 2 * tail)
-
-
-def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
-    """Cohen's kappa (1960): agreement beyond chance, (p_o - p_e) / (1 - p_e). nan where both say one thing only."""
-    if len(first) != len(second) or not first:
-        raise ValueError(f"kappa needs two ratings of the same items, got {len(first)} and {len(second)}")
-    n = len(first)
-    observed = sum(a == b for a, b in zip(first, second)) / n
-    left, right = Counter(first), Counter(second)
-    expected = sum(left[label] * right[label] for label in left) / n**2
-    return (observed - expected) / (1 - expected) if expected < 1 else math.nan

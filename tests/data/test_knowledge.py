@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.second_pass import VERIFIED, agrees, identifier, questions
 from lowrank.data.knowledge import Knowledge, read_knowledge
-from lowrank.data.labtests.second_pass import VERIFIED, agrees, identifier, questions
 from lowrank.data.questions import LABTESTS, bundled
 from lowrank.errors import FileFormatError
 from lowrank.files import read_jsonl

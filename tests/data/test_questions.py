@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.leaks import SIMILARITY, leaks
 from lowrank.data.falsehoods import contradicts, interval, invented_names
 from lowrank.data.general import GeneralItem, read_general
 from lowrank.data.knowledge import normal, read_knowledge
-from lowrank.data.leaks import SIMILARITY, leaks
 from lowrank.data.questions import (
     LABTESTS,
     TEST_PARTS,

@@ -1,13 +1,15 @@
 """The matching rules against real answers that were labelled without seeing a verdict, 60 in each set."""
 
+import math
+import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from bench.agreement import agreement, kappa, read_labelled
 from lowrank.data.knowledge import read_knowledge
 from lowrank.errors import FileFormatError
-from lowrank.evaluation.agreement import agreement, read_labelled
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "evaluation"
 
@@ -38,3 +40,24 @@ def test_bad_labels_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(FileFormatError, match=r"labels\.jsonl, line 1: .*class among correct, contradicted"):
         read_labelled(file)
+
+
+def test_kappa_against_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = random.Random(3)
+    first = [rng.choice("abc") for _ in range(80)]
+    second = [a if rng.random() < 0.7 else rng.choice("abc") for a in first]
+    assert kappa(first, second) == pytest.approx(sklearn.cohen_kappa_score(first, second), abs=1e-12)
+
+
+def test_kappa_of_a_confusion_matrix() -> None:
+    # [[18, 15], [11, 16]]
+    first = [0] * 33 + [1] * 27
+    second = [0] * 18 + [1] * 15 + [0] * 11 + [1] * 16
+    assert kappa(first, second) == pytest.approx(0.1362126245847176, abs=1e-12)
+
+
+def test_kappa_of_constant_raters_is_nan_and_of_nothing_an_error() -> None:
+    assert math.isnan(kappa(["a", "a"], ["a", "a"]))
+    with pytest.raises(ValueError, match="2 and 1"):
+        kappa([1, 2], [1])

@@ -2,10 +2,10 @@
 
 import pytest
 
+from bench.baselines import scores
 from lowrank.data.questions import Domain, bundled
 from lowrank.data.records import Record
 from lowrank.evaluation.answers import Judge
-from lowrank.evaluation.baselines import scores
 
 STEP = 5  # every fifth record; a full sweep takes 15 s on one core
 

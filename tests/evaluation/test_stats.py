@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lowrank.evaluation.stats import bootstrap, kappa, mcnemar, wilson
+from lowrank.evaluation.stats import bootstrap, mcnemar, wilson
 
 
 def test_wilson_at_the_ends_has_a_closed_form() -> None:
@@ -50,24 +50,3 @@ def test_mcnemar_is_the_exact_binomial() -> None:
     assert mcnemar(0, 5) == pytest.approx(2 / 2**5)
     assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
     assert mcnemar(9, 1) == mcnemar(1, 9)
-
-
-def test_kappa_against_scikit_learn() -> None:
-    sklearn = pytest.importorskip("sklearn.metrics")
-    rng = random.Random(3)
-    first = [rng.choice("abc") for _ in range(80)]
-    second = [a if rng.random() < 0.7 else rng.choice("abc") for a in first]
-    assert kappa(first, second) == pytest.approx(sklearn.cohen_kappa_score(first, second), abs=1e-12)
-
-
-def test_kappa_of_a_confusion_matrix() -> None:
-    # [[18, 15], [11, 16]]
-    first = [0] * 33 + [1] * 27
-    second = [0] * 18 + [1] * 15 + [0] * 11 + [1] * 16
-    assert kappa(first, second) == pytest.approx(0.1362126245847176, abs=1e-12)
-
-
-def test_kappa_of_constant_raters_is_nan_and_of_nothing_an_error() -> None:
-    assert math.isnan(kappa(["a", "a"], ["a", "a"]))
-    with pytest.raises(ValueError, match="2 and 1"):
-        kappa([1, 2], [1])

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from torch import nn
 
+from bench.baselines import scores
 from lowrank.data.records import Record
 from lowrank.evaluation import truth
-from lowrank.evaluation.baselines import scores
 from lowrank.evaluation.truth import ask, compare, score, subset, summary, token_f1, verdicts_of
 
 

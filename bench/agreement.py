@@ -1,12 +1,14 @@
 """How far the matching rules agree with a person who labelled answers without seeing the verdicts.
 
-    python -m lowrank.evaluation.agreement LABELLED.jsonl KNOWLEDGE.jsonl
+    python -m bench.agreement LABELLED.jsonl KNOWLEDGE.jsonl
 
 A line of the first file: {"record": {...}, "answer", "class": one of the five, "right": true|false}.
 """
 
+import math
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from lowrank.data.knowledge import read_knowledge
 from lowrank.data.records import Record, record_from_json
 from lowrank.errors import FileFormatError
 from lowrank.evaluation.answers import CLASSES, Judge, Knowledge
-from lowrank.evaluation.stats import kappa
 from lowrank.files import read_jsonl
 
 
@@ -27,6 +28,17 @@ def read_labelled(path: str | Path) -> list[tuple[Record, str, str, bool]]:
             raise FileFormatError(f"{where}: wanted answer, right (true or false) and class among {', '.join(CLASSES)}")
         rows.append((record_from_json(row["record"], where), str(row["answer"]), str(row["class"]), row["right"]))
     return rows
+
+
+def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Cohen's kappa (1960): agreement beyond chance, (p_o - p_e) / (1 - p_e). nan where both say one thing only."""
+    if len(first) != len(second) or not first:
+        raise ValueError(f"kappa needs two ratings of the same items, got {len(first)} and {len(second)}")
+    n = len(first)
+    observed = sum(a == b for a, b in zip(first, second)) / n
+    left, right = Counter(first), Counter(second)
+    expected = sum(left[label] * right[label] for label in left) / n**2
+    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
 
 
 def agreement(labelled: Sequence[tuple[Record, str, str, bool]], knowledge: Knowledge | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The second, independent pass over the knowledge base: its questions, and the comparison with its answers.
 
-    python -m lowrank.data.labtests.second_pass questions OUT.jsonl
-    python -m lowrank.data.labtests.second_pass compare ANSWERS.jsonl [SAME.jsonl] [--drop]
+    python -m bench.second_pass questions OUT.jsonl
+    python -m bench.second_pass compare ANSWERS.jsonl [SAME.jsonl] [--drop]
 
 Somebody who does not see the values answers each question: {"id", "answer": "first; second; ..."}, most typical first.
 A fact stays where one of the answers says the same: an interval whose two bounds lie within 15 % of ours (the numbers
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.data.falsehoods import interval
+from lowrank.data.questions import LABTESTS
 from lowrank.data.units import same_unit
 from lowrank.files import read_jsonl, write_jsonl
 
-KNOWLEDGE = Path(__file__).with_name("knowledge.jsonl")
+KNOWLEDGE = LABTESTS / "knowledge.jsonl"
 VERIFIED = "textbook knowledge, two separate passes agree"
 MOST = "Up to five short answers of 1-5 words, separated by ';', the most typical first."
 ONE = "Up to three short answers of 1-5 words, separated by ';', the best first."

@@ -1,6 +1,6 @@
 """Answers that need no model and must score badly: what shows that an evaluation cannot be gamed.
 
-python -m lowrank.evaluation.baselines        their table on the bundled domain
+python -m bench.baselines        their table on the bundled domain
 """
 
 import random
