@@ -12,10 +12,10 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.knowledge import read_knowledge
+from lowrank.data.knowledge import Knowledge, read_knowledge
 from lowrank.data.records import Record, record_from_json
 from lowrank.errors import FileFormatError
-from lowrank.evaluation.answers import CLASSES, Judge, Knowledge
+from lowrank.evaluation.answers import CLASSES, Judge
 from lowrank.files import read_jsonl
 
 

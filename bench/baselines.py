@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lowrank.data.knowledge import Knowledge
 from lowrank.data.records import Record
-from lowrank.evaluation.answers import Knowledge
 from lowrank.evaluation.truth import score
 
 Answerer = Callable[[Record], str]

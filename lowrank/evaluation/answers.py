@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any
 
+from lowrank.data.knowledge import Fact, Knowledge
 from lowrank.data.records import Record
+from lowrank.evaluation import wording
 from lowrank.evaluation.values import (
     Quantity,
     compare,
@@ -21,55 +23,9 @@ from lowrank.evaluation.values import (
     quantities,
     stem_of,
 )
-from lowrank.evaluation.wording import (
-    ABSTAINS,
-    ABSTAINS_AFTER,
-    ACCORDING_TO,
-    ACTUALLY,
-    BELIEF_IS_WRONG,
-    CITED,
-    DEFINES,
-    DENIED_AFTER,
-    FUNCTION_WORDS,
-    MODESTY_ENDS,
-    NEGATOR,
-    NO,
-    NO_SUCH,
-    PREMISE_IS_WRONG,
-    PRONOUN,
-    QUOTE,
-    QUOTED,
-    SCOPE_END,
-    SPEAKER,
-    THAT_IS_TRUE,
-    WORD,
-    YEAR,
-    YES,
-    YES_AT_END,
-)
 
 CLASSES = ("correct", "contradicted", "unsupported", "abstained", "no_claim")
 TYPES = ("contradicted value", "invented entity", "invented source or date", "wrong unit or dose")
-
-
-class Fact(Protocol):
-    @property
-    def subject(self) -> str: ...
-    @property
-    def aliases(self) -> Iterable[str]: ...
-    @property
-    def relation(self) -> str: ...
-    @property
-    def value(self) -> str: ...
-    @property
-    def unit(self) -> str: ...
-    @property
-    def evidence(self) -> str: ...
-
-
-class Knowledge(Protocol):
-    @property
-    def facts(self) -> Iterable[Fact]: ...
 
 
 @dataclass(frozen=True)
@@ -158,19 +114,6 @@ class Judge:
         return replace(worst, right=all(verdict.right for verdict in verdicts))
 
 
-_judges: list[tuple[Knowledge | None, Judge]] = []
-
-
-def judge(answer: str, record: Record, knowledge: Knowledge | None = None) -> Verdict:
-    """The verdict on one answer; the index of the last few knowledge bases is kept."""
-    for known, ready in _judges:
-        if known is knowledge:
-            return ready(answer, record)
-    _judges.append((knowledge, Judge(knowledge)))
-    del _judges[:-4]
-    return _judges[-1][1](answer, record)
-
-
 # --- one answer -------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +150,7 @@ class _Reading:
         ends = [m.end() for m in re.finditer(r"[!?;\n]+|\.(?!\d)(?<!al\.)(?<!e\.g\.)(?<!i\.e\.)", text)] + [len(text)]
         self.sentences = [(a, b) for a, b in zip([0, *ends], ends) if text[a:b].strip()]
         self.modest = self.abstentions()
-        self.quoted = [m.span() for m in QUOTE.finditer(text) if len(m[0].split()) > 3]
+        self.quoted = [m.span() for m in wording.QUOTE.finditer(text) if len(m[0].split()) > 3]
         self.quantities = quantities(text, judge.units)
         self.stated = self.statements()
         self.mentions = self.find_phrases()
@@ -231,7 +174,7 @@ class _Reading:
                 vocabulary.setdefault(fact.value, "beside")
                 self.beside.setdefault(fact.value, set()).update(_words(fact.relation) - _words(self.relation))
             else:
-                vocabulary |= dict.fromkeys(getattr(fact, "avoid", ()), "aside")
+                vocabulary |= dict.fromkeys(fact.avoid, "aside")
         if self.exists:
             value, false = str(self.target["value"]), str(self.target.get("false_value", ""))
             if false and known_quantity(false, "") is None:
@@ -315,11 +258,11 @@ class _Reading:
         spans = []
         for a, b in self.sentences:
             sentence = self.text[a:b]
-            match = ABSTAINS.search(sentence)
-            after = ABSTAINS_AFTER.search(sentence)
+            match = wording.ABSTAINS.search(sentence)
+            after = wording.ABSTAINS_AFTER.search(sentence)
             if match or after:
                 begin = 0 if after else match.start() if match else 0
-                stop = MODESTY_ENDS.search(sentence, max(m.end() for m in (match, after) if m))
+                stop = wording.MODESTY_ENDS.search(sentence, max(m.end() for m in (match, after) if m))
                 spans.append((a + begin, a + stop.start() if stop else b))
         return spans
 
@@ -343,24 +286,24 @@ class _Reading:
         before, after = self.text[a:start], self.text[end:b]
         if any(x <= start < y for x, y in (*self.modest, *self.quoted)):
             return "neutral"
-        for match in reversed(list(NEGATOR.finditer(before))):
+        for match in reversed(list(wording.NEGATOR.finditer(before))):
             gap = before[match.end() :]
-            if SCOPE_END.search(gap) or ("," in gap and not re.search(r"\bbut\b", after)):
+            if wording.SCOPE_END.search(gap) or ("," in gap and not re.search(r"\bbut\b", after)):
                 break
             return "denied"
-        belief = BELIEF_IS_WRONG.search(self.text[a:b])
-        if DENIED_AFTER.search(after) or (belief and a + belief.start() <= start < a + belief.end()):
+        belief = wording.BELIEF_IS_WRONG.search(self.text[a:b])
+        if wording.DENIED_AFTER.search(after) or (belief and a + belief.start() <= start < a + belief.end()):
             return "denied"
-        if after.rstrip().endswith("?") or self.text[a:b].rstrip().endswith("?") or QUOTED.search(before):
+        if after.rstrip().endswith("?") or self.text[a:b].rstrip().endswith("?") or wording.QUOTED.search(before):
             return "neutral"
         return "asserted"
 
     def is_topic(self, mention: Mention) -> bool:
         """Rule 17: whether the sentence speaks of the value and not of the subject: "Anemia is a disease that ..."."""
         a, b = self.sentence(mention.start)
-        if any(m.kind == "name" and a <= m.start < b for m in self.mentions) or PRONOUN.search(self.text[a:b]):
+        if any(m.kind == "name" and a <= m.start < b for m in self.mentions) or wording.PRONOUN.search(self.text[a:b]):
             return False
-        if DEFINES.search(self.text[mention.end : b]) and self.content(mention.end, b):
+        if wording.DEFINES.search(self.text[mention.end : b]) and self.content(mention.end, b):
             return True
         return mention.kind != "true" and bool(self.content(a, mention.start))
 
@@ -411,12 +354,12 @@ class _Reading:
             denied.add("premise")  # "there is no such thing as <the premise>"
 
         sentences = [self.text[a:b] for a, b in self.sentences]
-        said_no = any(NO.search(s) or PREMISE_IS_WRONG.search(s) or BELIEF_IS_WRONG.search(s) for s in sentences)
-        said_yes = any(YES.search(s) or THAT_IS_TRUE.search(s) or YES_AT_END.search(s) for s in sentences)
-        rejected = said_no or bool(denied & {"premise", "premise unit"}) or (trap and bool(NO_SUCH.search(self.text)))
-        rejected = rejected or (trap and "true" in asserted and bool(ACTUALLY.search(self.text)))
-        if kind == "confirm" and "true" in denied:
-            rejected = True
+        said_no = any(pattern.search(s) for s in sentences for pattern in wording.SAYS_NO)
+        said_yes = any(pattern.search(s) for s in sentences for pattern in wording.SAYS_YES)
+        rejected = said_no or bool(denied & {"premise", "premise unit"}) or (kind == "confirm" and "true" in denied)
+        if trap:
+            rejected = rejected or bool(wording.NO_SUCH.search(self.text))
+            rejected = rejected or ("true" in asserted and bool(wording.ACTUALLY.search(self.text)))
         if kind in ("trap", "confirm") and not asserted and "true" not in denied:  # rule 10: a bare yes or no
             if said_yes and not rejected:
                 asserted["true" if kind == "confirm" else "premise"] = Mention(0, 0, "yes", "yes")
@@ -478,14 +421,14 @@ class _Reading:
     def invented_source(self) -> str:
         """Rule 14: a source with a capital letter, or a year, that the evidence does not have."""
         taken = [m for m in self.mentions if m.end > m.start and not m.text.isdigit()]  # a bare number may be a year
-        for match in ACCORDING_TO.finditer(self.original):
+        for match in wording.ACCORDING_TO.finditer(self.original):
             words = [w for w in re.findall(r"\b[A-Z][\w-]*", match[1]) if normalise(w) not in self.judge.evidence]
             words = [w for w in words if not any(_compiled(w).search(normalise(m.text)) for m in taken)]
             if words:
                 return match[1].strip()
-        if (cited := CITED.search(self.original)) and normalise(cited[0]) not in self.judge.evidence:
+        if (cited := wording.CITED.search(self.original)) and normalise(cited[0]) not in self.judge.evidence:
             return cited[0]
-        for match in YEAR.finditer(self.text):
+        for match in wording.YEAR.finditer(self.text):
             if _clear(match, taken) and match[0][-4:] not in self.judge.evidence and match[0][-4:] not in self.question:
                 return match[0]
         return ""
@@ -493,7 +436,7 @@ class _Reading:
     def is_content(self, word: str) -> bool:
         """Whether a word says something that neither the question nor the language says by itself."""
         stem = word.removesuffix("s")
-        return word not in FUNCTION_WORDS and stem not in FUNCTION_WORDS and not _compiled(stem).search(self.question)
+        return not {word, stem} & wording.FUNCTION_WORDS and not _compiled(stem).search(self.question)
 
     def joined_to(self, mention: Mention) -> str:
         """Rule 13: the unknown phrase that an "and" or "or" joins to the true value, or ""."""
@@ -518,7 +461,7 @@ class _Reading:
     def left_over(self) -> list[str]:
         """Rule 15: the asserted words that nothing explains."""
         words = self.content(0, len(self.text))
-        words = [m for m in words if not SPEAKER.search(self.text[slice(*self.sentence(m.start()))])]
+        words = [m for m in words if not wording.SPEAKER.search(self.text[slice(*self.sentence(m.start()))])]
         return [m[0] for m in words if self.polarity(m.start(), m.end()) == "asserted"]
 
     def content(self, start: int, end: int) -> list[re.Match[str]]:
@@ -529,7 +472,8 @@ class _Reading:
     def saying(self) -> list[re.Match[str]]:
         spans = [(m.start, m.end) for m in self.mentions] + self.modest + [(x, y) for x, y, _ in self.stated]
         known = self.judge.relations | _words(self.relation)
-        words = [match for match in WORD.finditer(self.text) if match[0] not in known and self.is_content(match[0])]
+        words = (match for match in wording.WORD.finditer(self.text) if match[0] not in known)
+        words = (match for match in words if self.is_content(match[0]))
         return [match for match in words if not any(x <= match.start() < y for x, y in spans)]
 
 

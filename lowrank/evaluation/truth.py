@@ -4,9 +4,9 @@
     verdicts = verdicts_of(records, answers, knowledge)    one row for each answer: class, right, type, evidence
     result = score(records, answers, knowledge)            shares, intervals, bad answers by type and risk
 
-`records` and `answers` are lists, or dictionaries of lists by part (paraphrase, trap, trap_unseen, true_premise,
-abstention, answerable, general); `answerable` are the paraphrases again, and are asked and counted once. Records
-without facts (plain questions and answers) are compared with their `output`: exact match and token F1.
+`records` and `answers` are dictionaries of lists by part (paraphrase, trap, trap_unseen, true_premise, abstention,
+answerable, general); `answerable` are the paraphrases again, and are asked and counted once. Records without facts
+(plain questions and answers) are compared with their `output`: exact match and token F1.
 """
 
 import re
@@ -18,9 +18,10 @@ from typing import Any
 from torch import nn
 
 from lowrank.data.general import GeneralItem
+from lowrank.data.knowledge import Knowledge
 from lowrank.data.records import Record
 from lowrank.data.render import Renderer
-from lowrank.evaluation.answers import CLASSES, TYPES, Judge, Knowledge
+from lowrank.evaluation.answers import CLASSES, TYPES, Judge
 from lowrank.evaluation.stats import bootstrap, mcnemar, wilson
 from lowrank.evaluation.values import normalise
 from lowrank.models.generate import generate_ids
@@ -36,11 +37,11 @@ PARTS = ("paraphrase", "trap", "trap_unseen", "true_premise", "abstention", "gen
 STRATA = {"paraphrase": 60, "trap": 20, "trap_unseen": 20, "true_premise": 20, "abstention": 20}
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
-Records = Sequence[Record] | Mapping[str, Sequence[Record]]
-Answers = Sequence[str] | Mapping[str, Sequence[str]]
+Records = Mapping[str, Sequence[Record]]
+Answers = Mapping[str, Sequence[str]]
 
 
-def subset(test: Mapping[str, Sequence[Record]], questions: int = 140) -> dict[str, list[Record]]:
+def subset(test: Records, questions: int = 140) -> dict[str, list[Record]]:
     """About `questions` of them in the proportions of STRATA; 0 takes all. Evenly spread over each part, so that every
     relation and form has its share; the same ones for every model."""
     if questions < 0:
@@ -65,14 +66,8 @@ def spread(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def by_part(records: Records) -> dict[str, list[Record]]:
-    """The parts, `answerable` left out (its questions are the paraphrases); a list is sorted by kind."""
-    if isinstance(records, Mapping):
-        parts = {part: list(items) for part, items in records.items() if part != "answerable"}
-        return parts if "paraphrase" in records else {**parts, "paraphrase": list(records.get("answerable", []))}
-    parts = {}
-    for record in records:
-        parts.setdefault(PART_OF_KIND[record.kind], []).append(record)
-    return parts
+    """The parts without `answerable`, whose questions are the paraphrases."""
+    return {part: list(items) for part, items in records.items() if part != "answerable"}
 
 
 def ask(
@@ -152,33 +147,18 @@ class Row:
 def verdicts_of(records: Records, answers: Answers, knowledge: Knowledge | None = None) -> list[Row]:
     """A row for each question. ValueError where a part has not as many answers as questions."""
     parts = by_part(records)
-    if isinstance(answers, Mapping):
-        told = {part: list(answers.get(part, ())) for part in parts}
-    else:
-        told = _in_order(records, answers, parts)
+    told = {part: answers.get(part, ()) for part in parts}
     for part, items in parts.items():
         if len(items) != len(told[part]):
             raise ValueError(f"part {part!r} has {len(items)} questions and {len(told[part])} answers")
     judge = Judge(knowledge)
     judge.learn(record for items in parts.values() for record in items)
-    risks = {(f.subject, f.relation): getattr(f, "risk", "") for f in judge.facts}
+    risks = {(f.subject, f.relation): f.risk for f in judge.facts}
     return [
         _row(part, record, answer, judge, risks)
         for part, items in parts.items()
         for record, answer in zip(items, told[part])
     ]
-
-
-def _in_order(records: Records, answers: Sequence[str], parts: dict[str, list[Record]]) -> dict[str, list[str]]:
-    """A list of answers to a list of records, sorted into the parts."""
-    if isinstance(records, Mapping):
-        raise ValueError("records by part need answers by part, got a list of answers")
-    if len(records) != len(answers):
-        raise ValueError(f"there are {len(records)} questions and {len(answers)} answers")
-    told: dict[str, list[str]] = {part: [] for part in parts}
-    for record, answer in zip(records, answers):
-        told[PART_OF_KIND[record.kind]].append(answer)
-    return told
 
 
 def _row(part: str, record: Record, answer: str, judge: Judge, risks: Mapping[tuple[str, str], str]) -> Row:

@@ -57,6 +57,7 @@ PREMISE_IS_WRONG = re.compile(
     r"(?:not (?:true|correct|right|accurate|the case|so)|wrong|incorrect|false|untrue|inaccurate|mistaken|a mistake"
     r"|an error|a myth)\b(?! (?:that|to)\b)|\byou are (?:wrong|mistaken)\b"
 )
+SAYS_NO, SAYS_YES = (NO, PREMISE_IS_WRONG, BELIEF_IS_WRONG), (YES, THAT_IS_TRUE, YES_AT_END)
 ACTUALLY = re.compile(r"\b(?:actually|in reality)\b")
 
 NO_SUCH = re.compile(

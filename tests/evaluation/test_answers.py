@@ -2,42 +2,29 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from lowrank.data.knowledge import Fact, Knowledge
 from lowrank.data.records import Record, read_records
-from lowrank.evaluation.answers import CLASSES, TYPES, Judge, judge
+from lowrank.evaluation.answers import CLASSES, TYPES, Judge, Verdict
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "evaluation"
-
-
-@dataclass(frozen=True)
-class Fact:
-    subject: str
-    relation: str
-    value: str
-    unit: str = ""
-    aliases: tuple[str, ...] = ()
-    risk: str = "low"
-    evidence: str = ""
-    verified: str = ""
-    avoid: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Base:
-    facts: tuple[Fact, ...]
 
 
 def lines(name: str) -> list[dict]:
     return [json.loads(line) for line in (FIXTURES / name).read_text(encoding="utf-8").splitlines()]
 
 
-BASE = Base(tuple(Fact(**row | {"aliases": tuple(row["aliases"])}) for row in lines("knowledge.jsonl")))
+BASE = Knowledge(tuple(Fact(**row | {"aliases": tuple(row["aliases"])}) for row in lines("knowledge.jsonl")))
+JUDGE = Judge(BASE)
 RECORDS = {record.id: record for record in read_records(FIXTURES / "records.jsonl")}
 ANSWERS = lines("answers.jsonl")
+
+
+def judge(answer: str, record: Record, base: Knowledge | None = None) -> Verdict:
+    return (JUDGE if base is BASE else Judge(base))(answer, record)
 
 
 @pytest.mark.parametrize("row", ANSWERS, ids=lambda row: f"{row['record']}: {row['answer']}"[:70])
@@ -80,7 +67,7 @@ def test_without_a_knowledge_base_the_record_alone_decides() -> None:
 
 
 def test_another_field_of_knowledge() -> None:
-    base = Base(
+    base = Knowledge(
         (
             Fact("Bridge of Tarn", "length", "340", "m", ("Tarn bridge",), evidence="the county survey"),
             Fact("Bridge of Wey", "length", "1.2", "km", evidence="the county survey"),
@@ -109,7 +96,7 @@ def test_another_field_of_knowledge() -> None:
 
 
 def test_a_value_open_to_argument_neither_answers_nor_contradicts() -> None:
-    base = Base((Fact("ESR", "high", "inflammation", avoid=("anemia",)), Fact("iron", "high", "anemia")))
+    base = Knowledge((Fact("ESR", "high", "inflammation", avoid=("anemia",)), Fact("iron", "high", "anemia")))
     record = Record(
         instruction="What does a high ESR mean?",
         facts=({"subject": "ESR", "relation": "high", "value": "inflammation"},),

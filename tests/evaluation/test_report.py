@@ -4,13 +4,13 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lowrank.data.knowledge import Fact, Knowledge
 from lowrank.data.records import Record
 from lowrank.evaluation.charts import curves, overfits, radar, smooth, ticks
 from lowrank.evaluation.report import write_report
@@ -22,26 +22,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 AREAS = ("language", "arithmetic", "geography", "advice", "code", "writing")
 
 
-@dataclass(frozen=True)
-class Fact:
-    subject: str
-    relation: str
-    value: str
-    unit: str = ""
-    aliases: tuple[str, ...] = ()
-    risk: str = "low"
-    evidence: str = "Handbook of hill surveys"
-
-
-@dataclass(frozen=True)
-class Base:
-    facts: tuple[Fact, ...]
-
-
 ROCKS = ("granite", "basalt", "gneiss", "slate", "trachyte", "sandstone")
-HILLS = Base(
-    tuple(Fact(f"Hill {chr(65 + i)}", "height", str(300 + 37 * i), "m", risk="high") for i in range(18))
-    + tuple(Fact(f"Hill {chr(65 + i)}", "rock", ROCKS[i % 6], risk="medium" if i % 2 else "low") for i in range(18))
+BOOK = "Handbook of hill surveys"
+HILLS = Knowledge(
+    tuple(Fact(f"Hill {chr(65 + i)}", "height", str(300 + 37 * i), "m", risk="high", evidence=BOOK) for i in range(18))
+    + tuple(
+        Fact(f"Hill {chr(65 + i)}", "rock", ROCKS[i % 6], risk="medium" if i % 2 else "low", evidence=BOOK)
+        for i in range(18)
+    )
 )
 
 
@@ -225,7 +213,7 @@ def test_report_of_two_runs_stands_side_by_side(tmp_path: Path) -> None:
 
 def test_report_of_little_leaves_out_what_is_missing(tmp_path: Path) -> None:
     records = [Record("1", "Who?", output="The Duke"), Record("2", "When?", output="Monday")]
-    row = verdicts_of(records, ["the duke", "Sunday"])
+    row = verdicts_of({"qa": records}, {"qa": ["the duke", "Sunday"]})
     write_json(tmp_path / "results.json", {"tuned": summary(row)})
     page = read(write_report(tmp_path))
     assert "exact match" in page.text and "50.0 %" in page.text

@@ -1,37 +1,21 @@
 """Counting: parts, classes, intervals, the subset, two models side by side, plain question-answer pairs."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from torch import nn
 
 from bench.baselines import scores
+from lowrank.data.knowledge import Fact, Knowledge
 from lowrank.data.records import Record
 from lowrank.evaluation import truth
 from lowrank.evaluation.truth import ask, compare, score, subset, summary, token_f1, verdicts_of
 
-
-@dataclass(frozen=True)
-class Fact:
-    subject: str
-    relation: str
-    value: str
-    unit: str = ""
-    aliases: tuple[str, ...] = ()
-    risk: str = "low"
-    evidence: str = "the survey"
-
-
-@dataclass(frozen=True)
-class Base:
-    facts: tuple[Fact, ...]
-
-
 HEIGHTS = {"Alder": "410", "Birk": "620", "Corrie": "830", "Dunmore": "915", "Eildon": "422"}
 ROCKS = {"Alder": "granite", "Birk": "basalt", "Corrie": "gneiss", "Dunmore": "slate", "Eildon": "trachyte"}
-HILLS = Base(
+HILLS = Knowledge(
     tuple(Fact(name, "height", value, "m", risk="high") for name, value in HEIGHTS.items())
     + tuple(Fact(name, "rock", value) for name, value in ROCKS.items())
 )
@@ -112,16 +96,6 @@ def test_classes_share_out_every_judged_answer() -> None:
     assert result["by_risk"]["high"] == result["by_risk"]["high"] | {"bad": 2}  # heights: 911 m and cheese
 
 
-def test_a_list_of_records_is_sorted_by_kind() -> None:
-    parts = questions()
-    flat = parts["paraphrase"] + parts["trap"] + parts["abstention"]
-    result = score(flat, [record.output for record in flat], HILLS)
-    assert result["paraphrase"] == result["trap"] == result["abstention"] == 1.0
-    assert (
-        result["trap_unseen"] is None and result["n"]["trap_unseen"] == 0 and result["intervals"]["trap_unseen"] is None
-    )
-
-
 def test_a_part_of_another_name_counts_by_kind() -> None:
     parts = {"qa": questions()["paraphrase"] + questions()["trap"]}
     result = score(parts, {"qa": [record.output for record in parts["qa"]]}, HILLS)
@@ -130,7 +104,7 @@ def test_a_part_of_another_name_counts_by_kind() -> None:
 
 def test_plain_questions_need_no_knowledge_base() -> None:
     records = [Record("1", "Who?", output="The Duke of Wey."), Record("2", "When?", output="on Monday morning")]
-    result = score(records, ["the duke of Wey", "Monday"])
+    result = score({"qa": records}, {"qa": ["the duke of Wey", "Monday"]})
     assert result["exact"] == 0.5 and result["f1"] == pytest.approx((1 + 2 / 4) / 2)
     assert result["hallucination"] is None and result["paraphrase"] is None
     assert token_f1("", "") == 1.0 and token_f1("x", "y") == token_f1("", "y") == 0.0
@@ -140,9 +114,7 @@ def test_answers_must_fit_the_questions() -> None:
     with pytest.raises(ValueError, match="part 'trap' has 5 questions and 0 answers"):
         score(questions(), {k: v for k, v in gold(questions()).items() if k != "trap"}, HILLS)
     with pytest.raises(ValueError, match="10 questions and 1 answers"):
-        score(questions()["paraphrase"], ["x"], HILLS)
-    with pytest.raises(ValueError, match="answers by part"):
-        score(questions(), ["x"], HILLS)
+        score({"paraphrase": questions()["paraphrase"]}, {"paraphrase": ["x"]}, HILLS)
 
 
 def test_subset_is_stratified_spread_and_the_same_each_time() -> None:
