@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["lowrank*"]),
-    package_data={"": ["py.typed", "*.yaml", "*.jsonl", "*.txt", "*.md"]},
+    package_data={"": ["py.typed", "*.yaml", "*.jsonl", "*.txt", "*.md", "*.css"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6,<3.10; platform_system == 'Linux'",

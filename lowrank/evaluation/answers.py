@@ -25,6 +25,7 @@ from lowrank.evaluation.values import (
 )
 
 CLASSES = ("correct", "contradicted", "unsupported", "abstained", "no_claim")
+WORST_FIRST = ("contradicted", "unsupported", "no_claim", "abstained", "correct")
 TYPES = ("contradicted value", "invented entity", "invented source or date", "wrong unit or dose")
 
 
@@ -109,8 +110,7 @@ class Judge:
         """The verdict on one answer. Of several facts in a record each has to be answered; the worst verdict counts."""
         targets = [fact for fact in record.facts if "value" in fact] or [{}]
         verdicts = [_Reading(self, answer, record, target).verdict() for target in targets]
-        order = ("contradicted", "unsupported", "no_claim", "abstained", "correct")
-        worst = min(verdicts, key=lambda verdict: order.index(verdict.answer_class))
+        worst = min(verdicts, key=lambda verdict: WORST_FIRST.index(verdict.answer_class))
         return replace(worst, right=all(verdict.right for verdict in verdicts))
 
 

@@ -6,9 +6,11 @@ Every mark has a <title>, which a browser shows as a tooltip and a screen reader
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 Point = tuple[float, float]
-TEXT = 'font-size="12" style="fill:var(--muted)"'
+Line = tuple[Sequence[Point], str]
+GRID, MUTED, INK = "stroke:var(--grid)", "fill:var(--muted)", "fill:var(--ink)"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -48,12 +50,35 @@ def overfits(validation: Sequence[Point], margin: float = 0.02) -> Point | None:
     return best if validation[-1][1] > best[1] * (1 + margin) else None
 
 
+def mark(kind: str, text: str = "", title: str = "", **attributes: object) -> str:
+    """One SVG element: its `title` is the tooltip, a fraction among its attributes has one digit."""
+    told = {name.replace("_", "-"): f"{v:.1f}" if isinstance(v, float) else v for name, v in attributes.items()}
+    written = "".join(f' {name}="{value}"' for name, value in told.items())
+    tooltip = f"<title>{escape(title)}</title>" if title else ""
+    return f"<{kind}{written}>{tooltip}{escape(text)}</{kind}>"
+
+
+def picture(parts: Sequence[str], label: str, width: int, height: int, left: int = 0, fixed: bool = False) -> str:
+    """The whole SVG, as wide as there is room unless its size is `fixed`; x counts from `left`."""
+    size = f'width="{width}" height="{height}" ' if fixed else ""
+    box = f'viewBox="{left} 0 {width} {height}"'
+    return f'<svg {box} {size}role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+
+
+def legend(colours: Mapping[str, str]) -> str:
+    """Names with a swatch; nothing where there is only one."""
+    if len(colours) < 2:
+        return ""
+    keys = (f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in colours.items())
+    return f'<p class="legend">{"".join(keys)}</p>'
+
+
 def curves(
-    lines: Mapping[str, tuple[Sequence[Point], str]],
+    lines: Mapping[str, Line],
     label: str,
     mark_from: Point | None = None,
     note: str = "",
-    faint: Mapping[str, tuple[Sequence[Point], str]] | None = None,
+    faint: Mapping[str, Line] | None = None,
     width: int = 960,
     height: int = 300,
 ) -> str:
@@ -63,7 +88,7 @@ def curves(
     drawn = [p for points, _ in [*shown.values(), *(faint or {}).values()] for p in points if math.isfinite(p[1])]
     if len(drawn) < 2:
         return '<p class="muted">Too few steps were logged for a curve.</p>'
-    left, right, top, bottom = 52, 14, 14, 34
+    left, right, top, bottom = 52, width - 14, 14, height - 34
     x0, x1 = min(x for x, _ in drawn), max(x for x, _ in drawn)
     y0, y1 = min(y for _, y in drawn), max(y for _, y in drawn)
     y0 = 0.0 if 0 < y0 < 0.6 * y1 else y0
@@ -71,62 +96,40 @@ def curves(
     x1 = x1 if x1 > x0 else x0 + 1
 
     def at(x: float, y: float) -> Point:
-        return (
-            left + (x - x0) / (x1 - x0) * (width - left - right),
-            height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom),
-        )
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">']
+    def line(points: Sequence[Point], colour: str, thick: int, opacity: float) -> str:
+        path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points if math.isfinite(y))
+        style = f"stroke:{colour};opacity:{opacity}"
+        return mark("polyline", points=path, fill="none", stroke_width=thick, stroke_linejoin="round", style=style)
+
+    parts = []
     for y in ticks(y0, y1):
         _, py = at(x0, y)
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}" style="stroke:var(--grid)"/>')
-        parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end" {TEXT}>{short(y)}</text>')
+        parts.append(mark("line", x1=left, x2=right, y1=py, y2=py, style=GRID))
+        parts.append(mark("text", short(y), x=left - 8, y=py + 4, text_anchor="end", font_size=12, style=MUTED))
     for x in ticks(x0, x1, 6):
         px, _ = at(x, y0)
-        parts.append(f'<text x="{px:.1f}" y="{height - bottom + 18}" text-anchor="middle" {TEXT}>{short(x)}</text>')
-    parts.append(f'<text x="{width - right}" y="{height - 2}" text-anchor="end" {TEXT}>step</text>')
+        parts.append(mark("text", short(x), x=px, y=bottom + 18, text_anchor="middle", font_size=12, style=MUTED))
+    parts.append(mark("text", "step", x=right, y=height - 2, text_anchor="end", font_size=12, style=MUTED))
     if mark_from is not None:
-        px, py = at(*mark_from)
-        parts.append(
-            f'<rect x="{px:.1f}" y="{top}" width="{width - right - px:.1f}" height="{height - top - bottom}"'
-            f' style="fill:var(--bad);opacity:.10"><title>{escape(note)}</title></rect>'
-        )
-        side = "end" if px > width / 2 else "start"
-        parts.append(
-            f'<text x="{px + (-6 if side == "end" else 6):.1f}" y="{top + 14}" text-anchor="{side}" font-size="12"'
-            f' style="fill:var(--ink)">{escape(note)}</text>'
-        )
-    for points, colour in (faint or {}).values():
-        parts.append(_line([at(*p) for p in points], colour, 1, 0.3))
+        px, _ = at(*mark_from)
+        shade = {"x": px, "y": top, "width": right - px, "height": bottom - top}
+        parts.append(mark("rect", title=note, **shade, style="fill:var(--bad);opacity:.10"))
+        side, x = ("end", px - 6) if px > width / 2 else ("start", px + 6)
+        parts.append(mark("text", note, x=x, y=top + 14, text_anchor=side, font_size=12, style=INK))
+    parts += [line(points, colour, 1, 0.3) for points, colour in (faint or {}).values()]
     for name, (points, colour) in shown.items():
-        parts.append(_line([at(*p) for p in points], colour, 2))
+        parts.append(line(points, colour, 2, 1.0))
         for x, y in points if len(points) <= 60 else ():
-            if not math.isfinite(y):
-                continue
-            px, py = at(x, y)
-            parts.append(
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" style="fill:{colour};stroke:var(--surface)">'
-                f"<title>{escape(name)}: {y:.4g} at step {x:g}</title></circle>"
-            )
-    return "".join(parts) + "</svg>" + legend({name: colour for name, (_, colour) in shown.items()})
+            if math.isfinite(y):
+                (px, py), told = at(x, y), f"{name}: {y:.4g} at step {x:g}"
+                parts.append(mark("circle", title=told, cx=px, cy=py, r=4, style=_dot(colour)))
+    return picture(parts, label, width, height) + legend({name: colour for name, (_, colour) in shown.items()})
 
 
-def _line(points: Sequence[Point], colour: str, width: float, opacity: float = 1.0) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points if math.isfinite(y))
-    return (
-        f'<polyline points="{path}" fill="none" stroke-width="{width}" stroke-linejoin="round"'
-        f' style="stroke:{colour};opacity:{opacity}"/>'
-    )
-
-
-def legend(colours: Mapping[str, str]) -> str:
-    """Names with a swatch; nothing where there is only one."""
-    if len(colours) < 2:
-        return ""
-    keys = "".join(
-        f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in colours.items()
-    )
-    return f'<p class="legend">{keys}</p>'
+def _dot(colour: str) -> str:
+    return f"fill:{colour};stroke:var(--surface)"
 
 
 def strip(figures: Sequence[tuple[str, float, Sequence[float] | None, str]], width: int = 220) -> str:
@@ -134,59 +137,41 @@ def strip(figures: Sequence[tuple[str, float, Sequence[float] | None, str]], wid
     height = 12 * len(figures) + 6
 
     def at(share: float) -> float:
-        return 6 + share * (width - 12)
+        return 6.0 + share * (width - 12)
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="intervals">'
-    ]
-    for share in (0.0, 0.5, 1.0):
-        parts.append(
-            f'<line x1="{at(share):.1f}" x2="{at(share):.1f}" y1="0" y2="{height}" style="stroke:var(--grid)"/>'
-        )
+    parts = [mark("line", x1=at(share), x2=at(share), y1=0, y2=height, style=GRID) for share in (0.0, 0.5, 1.0)]
     for row, (name, share, interval, colour) in enumerate(figures):
-        y = 9 + 12 * row
-        told = f"{name}: {100 * share:.1f} %"
+        y, told = 9 + 12 * row, f"{name}: {100 * share:.1f} %"
         if interval is not None:
             low, high = interval
             told += f" (95 %: {100 * low:.1f} to {100 * high:.1f})"
-            parts.append(
-                f'<line x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y}" y2="{y}" stroke-width="2"'
-                f' style="stroke:{colour};opacity:.55">'
-                f"<title>{escape(told)}</title></line>"
-            )
-        parts.append(
-            f'<circle cx="{at(share):.1f}" cy="{y}" r="4.5" style="fill:{colour};stroke:var(--surface)">'
-            f"<title>{escape(told)}</title></circle>"
-        )
-    return "".join(parts) + "</svg>"
+            ends = {"x1": at(low), "x2": at(high), "y1": y, "y2": y, "stroke_width": 2}
+            parts.append(mark("line", title=told, **ends, style=f"stroke:{colour};opacity:.55"))
+        parts.append(mark("circle", title=told, cx=at(share), cy=y, r=4.5, style=_dot(colour)))
+    return picture(parts, "intervals", width, height, fixed=True)
 
 
 def stacked(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str]) -> str:
     """Shares that add up to 1, one bar a row; a share of at least 6 % carries its number."""
     width, bar, gap, left = 960, 28, 14, 170
-    height = len(rows) * (bar + gap)
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="shares of the answer classes">']
+    parts = []
     for i, (name, shares) in enumerate(rows.items()):
         y, x = i * (bar + gap) + gap / 2, float(left)
-        parts.append(
-            f'<text x="{left - 10}" y="{y + bar / 2 + 4:.1f}" text-anchor="end" font-size="13" style="fill:var(--ink)">'
-            f"{escape(name)}</text>"
-        )
+        parts.append(mark("text", name, x=left - 10, y=y + bar / 2 + 4, text_anchor="end", font_size=13, style=INK))
         for kind, share in shares.items():
-            size = share * (width - left)
-            if size <= 0:
-                continue
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(size - 2, 1):.1f}" height="{bar}" rx="3"'
-                f' style="fill:{colours[kind]}"><title>{escape(f"{name}: {100 * share:.1f} % {kind}")}</title></rect>'
-            )
+            size, told = share * (width - left), f"{name}: {100 * share:.1f} % {kind}"
+            place = {"x": x, "y": y, "width": max(size - 2, 1.0), "height": bar, "rx": 3}
+            parts.append(mark("rect", title=told, **place, style=f"fill:{colours[kind]}"))
             if share >= 0.06:
-                parts.append(
-                    f'<text x="{x + size / 2 - 1:.1f}" y="{y + bar / 2 + 4.5:.1f}" text-anchor="middle" font-size="12"'
-                    f' style="fill:var(--on-mark)">{100 * share:.0f} %</text>'
-                )
+                middle: dict[str, Any] = {
+                    "x": x + size / 2 - 1,
+                    "y": y + bar / 2 + 4.5,
+                    "text_anchor": "middle",
+                    "font_size": 12,
+                }
+                parts.append(mark("text", f"{100 * share:.0f} %", **middle, style="fill:var(--on-mark)"))
             x += size
-    return "".join(parts) + "</svg>" + legend(colours)
+    return picture(parts, "shares of the answer classes", width, len(rows) * (bar + gap)) + legend(colours)
 
 
 def radar(axes: Sequence[str], series: Mapping[str, tuple[Sequence[float], str]], size: int = 380) -> str:
@@ -200,30 +185,25 @@ def radar(axes: Sequence[str], series: Mapping[str, tuple[Sequence[float], str]]
         return middle + share * radius * math.cos(angle), middle + share * radius * math.sin(angle)
 
     def ring(shares: Sequence[float]) -> str:
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(i, share) for i, share in enumerate(shares)))
+        return " ".join("{:.1f},{:.1f}".format(*at(i, share)) for i, share in enumerate(shares))
 
-    parts = [f'<svg viewBox="{-margin} 0 {size + 2 * margin} {size}" role="img" aria-label="accuracy by area">']
+    parts = []
     for share in (0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<polygon points="{ring([share] * len(axes))}" fill="none" style="stroke:var(--grid)"/>')
-        parts.append(f'<text x="{middle + 4}" y="{middle - share * radius + 12:.1f}" {TEXT}>{100 * share:.0f}</text>')
+        parts.append(mark("polygon", points=ring([share] * len(axes)), fill="none", style=GRID))
+        x, y = middle + 4, middle - share * radius + 12
+        parts.append(mark("text", f"{100 * share:.0f}", x=x, y=y, font_size=12, style=MUTED))
     for i, axis in enumerate(axes):
         x, y = at(i, 1.0)
-        parts.append(f'<line x1="{middle}" y1="{middle}" x2="{x:.1f}" y2="{y:.1f}" style="stroke:var(--grid)"/>')
+        parts.append(mark("line", x1=middle, y1=middle, x2=x, y2=y, style=GRID))
         x, y = at(i, 1.09)
         side = "middle" if abs(x - middle) < 8 else "start" if x > middle else "end"
-        parts.append(
-            f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{side}" font-size="13" style="fill:var(--ink)">'
-            f"{escape(axis)}</text>"
-        )
+        parts.append(mark("text", axis, x=x, y=y + 4, text_anchor=side, font_size=13, style=INK))
     for name, (shares, colour) in series.items():
-        parts.append(
-            f'<polygon points="{ring(shares)}" stroke-width="2" stroke-linejoin="round"'
-            f' style="fill:{colour};fill-opacity:.10;stroke:{colour}"><title>{escape(name)}</title></polygon>'
-        )
+        style = f"fill:{colour};fill-opacity:.10;stroke:{colour}"
+        outline: dict[str, Any] = {"points": ring(shares), "stroke_width": 2, "stroke_linejoin": "round"}
+        parts.append(mark("polygon", title=name, **outline, style=style))
         for i, share in enumerate(shares):
-            x, y = at(i, share)
-            parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" style="fill:{colour};stroke:var(--surface)">'
-                f"<title>{escape(name)}, {escape(axes[i])}: {100 * share:.0f} %</title></circle>"
-            )
-    return "".join(parts) + "</svg>" + legend({name: colour for name, (_, colour) in series.items()})
+            (x, y), told = at(i, share), f"{name}, {axes[i]}: {100 * share:.0f} %"
+            parts.append(mark("circle", title=told, cx=x, cy=y, r=4, style=_dot(colour)))
+    drawn = picture(parts, "accuracy by area", size + 2 * margin, size, -margin)
+    return drawn + legend({name: colour for name, (_, colour) in series.items()})

@@ -4,14 +4,14 @@ It reads config.yaml, versions.json, metrics.jsonl, timing.jsonl, samples.jsonl 
 left out. With `against`, a second run stands beside the first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from lowrank.evaluation.answers import CLASSES, TYPES
-from lowrank.evaluation.charts import Point, curves, overfits, radar, smooth, stacked, strip
-from lowrank.evaluation.page import STYLE, Page, html_table, p_value, settings_of
+from lowrank.evaluation.answers import CLASSES, TYPES, WORST_FIRST
+from lowrank.evaluation.charts import Line, curves, legend, overfits, radar, smooth, stacked, strip
+from lowrank.evaluation.page import STYLE, Page, html_table, number, p_value, row, settings_of
 from lowrank.evaluation.plots import series
 from lowrank.evaluation.table import ROWS, better, figure, rows_of, span
 from lowrank.files import read_json, read_jsonl, write_text
@@ -76,7 +76,7 @@ def render(page: Page) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="muted">{_headline(page)}</p>{_cards(page)}{sections}'
         f"<footer>{notice}<p>Shares with Wilson's 95 % intervals, other figures with a bootstrap over questions or"
         " stretches of text. How an answer is judged is written in docs/truth.md.</p></footer></main></body></html>\n"
@@ -114,92 +114,57 @@ def _cards(page: Page) -> str:
 
 
 def _table(page: Page) -> str:
-    columns = page.columns
+    columns, comparison = page.columns, page.results.get("comparison", {})
     keys = rows_of(page.results, columns)
     if not keys:
         return ""
-    comparison = page.results.get("comparison", {})
-    heads = [("", "")] + [(page.name(c), "n") for c in columns] + [("n", "n"), ("0 to 100 %", ""), ("p", "n")]
     body = []
     for key in keys:
-        cells = [f"<td>{escape(ROWS[key])}</td>"]
+        cells, shown = [], []
         for column in columns:
             result = page.results[column]
-            value = result.get(key)
+            value, interval = result.get(key), result.get("intervals", {}).get(key)
             verdict = better(key, value, page.results.get(page.before, {}).get(key)) if column == page.main else None
             style = {True: "up", False: "down", None: ""}[verdict]
-            interval = span(key, result.get("intervals", {}).get(key))
-            cells.append(
-                f'<td class="n"><span class="{style}">{figure(key, value)}</span><small>{interval}</small></td>'
-            )
-        counts = [page.results[c].get("n", {}).get(key, 0) for c in columns]
-        cells.append(f'<td class="n">{max(counts):,}</td>')
-        shown = [
-            (page.name(c), page.results[c][key], page.results[c].get("intervals", {}).get(key), page.colour(c))
-            for c in columns
-            if key != "perplexity" and page.results[c].get(key) is not None
-        ]
-        cells.append(f"<td>{strip(shown) if shown else ''}</td>")
+            cells.append(f'<span class="{style}">{figure(key, value)}</span><small>{span(key, interval)}</small>')
+            if key != "perplexity" and value is not None:
+                shown.append((page.name(column), value, interval, page.colour(column)))
+        n = max(page.results[column].get("n", {}).get(key, 0) for column in columns)
+        line = row(ROWS[key], [*cells, f"{n:,}"]).removesuffix("</tr>")
         p = comparison.get(key, {}).get("p")
-        cells.append(f'<td class="n">{p_value(p) if p is not None else ""}</td>')
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    keys_of = "".join(
-        f'<span><i style="background:{page.colour(c)}"></i>{escape(page.name(c))}</span>' for c in columns
-    )
+        body.append(f"{line}<td>{strip(shown) if shown else ''}</td>{number('' if p is None else p_value(p))}</tr>")
     told = (
-        f'<p class="legend">{keys_of}</p><p class="muted">The small figures are 95 % intervals; p is McNemar\'s exact'
+        f'<p class="muted">The small figures are 95 % intervals; p is McNemar\'s exact'
         f" test of {escape(page.name(page.main))} against {escape(page.name(page.before))} on the same questions.</p>"
     )
-    return html_table(heads, body) + told
+    heads = [*page.heads("", columns), ("n", "n"), ("0 to 100 %", ""), ("p", "n")]
+    return html_table(heads, body) + legend({page.name(c): page.colour(c) for c in columns}) + told
 
 
 def _classes(page: Page) -> str:
-    rows = {page.name(c): page.results[c].get("classes") or {} for c in page.columns}
-    rows = {
-        name: {key: share for key in CLASSES if (share := shares.get(key))}
-        for name, shares in rows.items()
-        if any(shares.values())
-    }
+    shares = {page.name(c): page.results[c]["classes"] for c in page.with_("classes")}
+    rows = {name: {key: found[key] for key in CLASSES if found.get(key)} for name, found in shares.items()}
+    rows = {name: found for name, found in rows.items() if found}
     if not rows:
         return ""
-    chart = stacked(rows, {key: CLASS_COLOURS[key] for key in CLASSES})
-    return (
-        chart.replace("no_claim", "no claim")
-        + f'<div class="two"><div>{_by_type(page)}</div><div>{_by_risk(page)}{_by_trap(page)}</div></div>'
-    )
+    chart = stacked(rows, CLASS_COLOURS).replace("no_claim", "no claim")
+    by_type = _grouped(page, "bad_by_type", "bad answers by type", str, TYPES)
+    by_risk = _grouped(page, "by_risk", "hallucinated, by the fact's risk", _share_of("bad"), RISKS)
+    by_trap = _grouped(page, "by_trap", "traps passed, by what is false", _share_of("right"))
+    return f'{chart}<div class="two"><div>{by_type}</div><div>{by_risk}{by_trap}</div></div>'
 
 
-def _by_type(page: Page) -> str:
-    columns = [c for c in page.columns if page.results[c].get("bad_by_type")]
-    heads = [("bad answers by type", "")] + [(page.name(c), "n") for c in columns]
-    body = [
-        f"<tr><td>{escape(kind)}</td>"
-        + "".join(f'<td class="n">{page.results[c]["bad_by_type"].get(kind, 0)}</td>' for c in columns)
-        + "</tr>"
-        for kind in TYPES
-    ]
-    return html_table(heads, body) if columns else ""
+def _share_of(count: str) -> Callable[[Any], str]:
+    return lambda group: f"{group[count]} of {group['n']}"
 
 
-def _by_risk(page: Page) -> str:
-    return _grouped(page, "by_risk", "hallucinated, by the fact's risk", "bad", RISKS)
-
-
-def _by_trap(page: Page) -> str:
-    return _grouped(page, "by_trap", "traps passed, by what is false", "right")
-
-
-def _grouped(page: Page, key: str, title: str, count: str, order: Sequence[str] = ()) -> str:
-    """Counts by group, "3 of 40" a column."""
-    columns = [c for c in page.columns if page.results[c].get(key)]
-    groups = order or sorted({group for c in columns for group in page.results[c][key]})
-    body = []
-    for group in groups:
-        found = [page.results[c][key].get(group) for c in columns]
-        if any(found):
-            cells = "".join(f'<td class="n">{g[count]} of {g["n"]}</td>' if g else "<td></td>" for g in found)
-            body.append(f"<tr><td>{escape(group)}</td>{cells}</tr>")
-    return html_table([(title, "")] + [(page.name(c), "n") for c in columns], body) if body else ""
+def _grouped(page: Page, key: str, title: str, told: Callable[[Any], str], order: Sequence[str] = ()) -> str:
+    """A line a group, a column a model; groups that no model has are left out."""
+    found = {column: page.results[column][key] for column in page.with_(key)}
+    groups = order or sorted({group for by_group in found.values() for group in by_group})
+    there = [group for group in groups if any(group in by_group for by_group in found.values())]
+    body = [row(g, (told(by_group[g]) if g in by_group else "" for by_group in found.values())) for g in there]
+    return html_table(page.heads(title, found), body) if body else ""
 
 
 def _trained(page: Page) -> str:
@@ -222,9 +187,9 @@ def _trained(page: Page) -> str:
 
 def _curves(page: Page) -> str:
     two = page.other is not None
-    lines: dict[str, tuple[Sequence[Point], str]] = {}
-    faint: dict[str, tuple[Sequence[Point], str]] = {}
-    rates: dict[str, tuple[Sequence[Point], str]] = {}
+    lines: dict[str, Line] = {}
+    faint: dict[str, Line] = {}
+    rates: dict[str, Line] = {}
     mark, note, remarks = None, "", []
     for folder, colour, colour2 in zip(
         page.folders, ("var(--tuned)", "var(--base)"), ("var(--validation)", "var(--delivered)")
@@ -245,83 +210,73 @@ def _curves(page: Page) -> str:
         return ""
     told = f'<p class="muted">{escape("; ".join(remarks))}.</p>' if remarks else ""
     loss_chart = curves(lines, "loss over steps", mark, note, faint)
-    rate_chart = (
-        curves(rates, "learning rate over steps", height=200) if any(len(r) > 1 for r, _ in rates.values()) else ""
-    )
-    return f"<h3>Loss</h3>{loss_chart}{told}" + (f"<h3>Learning rate</h3>{rate_chart}" if rate_chart else "")
+    parts = f"<h3>Loss</h3>{loss_chart}{told}"
+    if any(len(rate) > 1 for rate, _ in rates.values()):
+        parts += f"<h3>Learning rate</h3>{curves(rates, 'learning rate over steps', height=200)}"
+    return parts
 
 
 def _worst(page: Page) -> str:
-    """The answers that would do most harm first: high risk, contradicted, then unsupported, then merely wrong."""
-    before = {(row.get("part"), row.get("id") or row["question"]): row for row in page.samples.get(page.before, ())}
+    """The answers that would do most harm first: contradicted, then unsupported, then merely wrong; high risk first."""
     columns = [page.main] if page.other is None else [page.main, page.before]
-    rows = [
-        (column, row)
-        for column in columns
-        for row in page.samples.get(column, ())
-        if row.get("answer_class") and not row["right"]
-    ]
     if not any(page.samples.get(column) for column in columns):
         return ""
-    if not rows:
+    wrong = [
+        (column, sample)
+        for column in columns
+        for sample in page.samples.get(column, ())
+        if sample.get("answer_class") and not sample["right"]
+    ]
+    if not wrong:
         return "<p>Every judged answer is right.</p>"
-
-    def harm(item: tuple[str, dict[str, Any]]) -> tuple[int, int]:
-        row = item[1]
-        order = ("contradicted", "unsupported", "no_claim", "abstained", "correct")
-        return order.index(row["answer_class"]), RISKS.index(row.get("risk", "")) if row.get("risk", "") in RISKS else 3
-
-    rows.sort(key=harm)
+    by_risk = {risk: place for place, risk in enumerate(RISKS)}
+    wrong.sort(key=lambda w: (WORST_FIRST.index(w[1]["answer_class"]), by_risk.get(w[1].get("risk", ""), by_risk[""])))
+    before = {_asked(sample): sample for sample in page.samples.get(page.before, ())} if page.other is None else {}
     articles = []
-    for column, row in rows[:LISTED]:
-        kind = row["answer_class"]
+    for column, sample in wrong[:LISTED]:
+        kind = sample["answer_class"]
         style = {"contradicted": "", "unsupported": "unsupported"}.get(kind, "other")
         tags = [page.name(column)] if page.other is not None else []
-        tags += [row.get("type") or kind.replace("_", " "), row.get("part", "").replace("_", " ")]
-        tags += [f"{row['risk']} risk"] if row.get("risk") else []
-        entries = [
-            ("question", row["question"]),
-            ("answer", row.get("answer") or "(nothing)"),
-            ("expected", row.get("expected", "")),
-        ]
-        entries += [("evidence", row.get("evidence", "")), ("why", row.get("reason", ""))]
-        first = before.get((row.get("part"), row.get("id") or row["question"])) if page.other is None else None
-        if first is not None:
-            entries.append((page.name(page.before), first.get("answer") or "(nothing)"))
-        told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries if text)
+        tags += [sample.get("type") or kind.replace("_", " "), sample.get("part", "").replace("_", " ")]
+        tags += [f"{sample['risk']} risk"] if sample.get("risk") else []
+        entries = {"question": sample["question"], "answer": sample.get("answer") or "(nothing)"}
+        entries |= {"expected": sample.get("expected"), "evidence": sample.get("evidence"), "why": sample.get("reason")}
+        if first := before.get(_asked(sample)):
+            entries[page.name(page.before)] = first.get("answer") or "(nothing)"
+        told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries.items() if text)
         labels = " ".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags)
         articles.append(f'<article class="{style}">{labels}<dl>{told}</dl></article>')
     shown, rest = (f'<div class="worst">{"".join(part)}</div>' for part in (articles[:WORST], articles[WORST:]))
-    told = f'<p class="muted">{len(rows)} answers are not right; those that would do most harm come first.</p>'
+    told = f'<p class="muted">{len(wrong)} answers are not right; those that would do most harm come first.</p>'
     more = f"<details><summary>{len(articles) - WORST} more</summary>{rest}</details>" if articles[WORST:] else ""
     return told + shown + more
 
 
+def _asked(sample: Mapping[str, Any]) -> tuple[Any, Any]:
+    return sample.get("part"), sample.get("id") or sample["question"]
+
+
 def _forgetting(page: Page) -> str:
-    columns = [c for c in page.columns if page.results[c].get("by_area")]
-    if not columns:
+    by_area = {column: page.results[column]["by_area"] for column in page.with_("by_area")}
+    if not by_area:
         return ""
-    areas = list(dict.fromkeys(area for c in columns for area in page.results[c]["by_area"]))
-    shares = {c: [page.results[c]["by_area"].get(area, {}).get("share") or 0.0 for area in areas] for c in columns}
-    drawn = sorted(columns, key=lambda c: c == page.main)  # the model that the report is about on top
+    areas = list(dict.fromkeys(area for found in by_area.values() for area in found))
+    shares = {c: [found.get(area, {}).get("share") or 0.0 for area in areas] for c, found in by_area.items()}
+    drawn = sorted(by_area, key=lambda c: c == page.main)  # the model that the report is about on top
     chart = radar(areas, {page.name(c): (shares[c], page.colour(c)) for c in drawn})
     retention = page.results.get("comparison", {}).get("retention", {})
-    heads = [("general questions", "")] + [(page.name(c), "n") for c in columns] + [("n", "n"), ("kept", "n")]
+    kept = {area: f"{share:.2f}" for area, share in retention.items() if share is not None}
     body = []
     for i, area in enumerate(areas):
-        cells = "".join(f'<td class="n">{100 * shares[c][i]:.0f} %</td>' for c in columns)
-        n = max(page.results[c]["by_area"].get(area, {}).get("n", 0) for c in columns)
-        body.append(f'<tr><td>{escape(area)}</td>{cells}<td class="n">{n}</td>{_kept(retention.get(area))}</tr>')
-    cells = "".join(f'<td class="n">{figure("general", page.results[c].get("general"))}</td>' for c in columns)
-    total = max(page.results[c].get("n", {}).get("general", 0) for c in columns)
-    body.append(f'<tr><td>all</td>{cells}<td class="n">{total}</td>{_kept(retention.get("all"))}</tr>')
+        n = max(found.get(area, {}).get("n", 0) for found in by_area.values())
+        body.append(row(area, [*(f"{100 * shares[c][i]:.0f} %" for c in by_area), n, kept.get(area, "–")]))
+    total = max(page.results[c].get("n", {}).get("general", 0) for c in by_area)
+    whole = (figure("general", page.results[c].get("general")) for c in by_area)
+    body.append(row("all", [*whole, total, kept.get("all", "–")]))
     main, before = escape(page.name(page.main)), escape(page.name(page.before))
     told = f'<p class="muted">kept: right answers of {main} for each right answer of {before}.</p>'
-    return f'<div class="two"><div>{chart}</div><div>{html_table(heads, body)}{told}</div></div>'
-
-
-def _kept(share: float | None) -> str:
-    return f'<td class="n">{share:.2f}</td>' if share is not None else '<td class="n">–</td>'
+    table = html_table([*page.heads("general questions", by_area), ("n", "n"), ("kept", "n")], body)
+    return f'<div class="two"><div>{chart}</div><div>{table}{told}</div></div>'
 
 
 def _cost(page: Page) -> str:
@@ -329,14 +284,13 @@ def _cost(page: Page) -> str:
     phases: dict[str, dict[Path, float]] = {}
     memory: dict[Path, float] = {}
     for folder in page.folders:
-        if (path := folder / "timing.jsonl").is_file():
-            for _, row in read_jsonl(path):
-                phase = phases.setdefault(str(row["phase"]), {})
-                phase[folder] = phase.get(folder, 0.0) + float(row["seconds"])
-                memory[folder] = max(memory.get(folder, 0.0), float(row.get("peak_memory_mb") or 0.0))
+        path = folder / "timing.jsonl"
+        for _, timed in read_jsonl(path) if path.is_file() else ():
+            phase = phases.setdefault(str(timed["phase"]), {})
+            phase[folder] = phase.get(folder, 0.0) + float(timed["seconds"])
+            memory[folder] = max(memory.get(folder, 0.0), float(timed.get("peak_memory_mb") or 0.0))
     if not phases:
         return ""
-
     tokens = {f: max((n for _, n in series(f, "tokens")), default=0.0) for f in page.folders}  # a running total
     speed = {f: sorted(n for _, n in series(f, "tokens_per_s")) for f in page.folders}
     told = {name: {f: f"{s:,.1f} s" for f, s in seconds.items()} for name, seconds in phases.items()}
@@ -344,9 +298,5 @@ def _cost(page: Page) -> str:
     told["peak memory"] = {f: f"{mb:,.0f} MB" for f, mb in memory.items()}
     told["training tokens"] = {f: f"{n:,.0f}" for f, n in tokens.items() if n}
     told["median speed"] = {f: f"{n[len(n) // 2]:,.0f} tokens/s" for f, n in speed.items() if n}
-    body = []
-    for name, values in told.items():
-        if values:
-            cells = "".join(f'<td class="n">{values.get(f, "")}</td>' for f in page.folders)
-            body.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+    body = [row(name, (values.get(f, "") for f in page.folders)) for name, values in told.items() if values]
     return html_table(heads, body)
