@@ -195,12 +195,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from lowrank.evaluation.run import evaluate, table_of
+    from lowrank.evaluation.run import evaluate
+    from lowrank.evaluation.table import end_table
     from lowrank.training.screen import console
 
     tasks = tuple(task for task in args.tasks.split(",") if task)
     results = evaluate(args.run_folder, tasks=tasks, against=args.against, items=args.items, split=args.split)
-    console.print(table_of(results))
+    console.print(end_table(results))
     return 0
 
 

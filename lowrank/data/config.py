@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lowrank.errors import at_least
+
 GENERAL_LOSSES = ("kl", "ce")
 
 
@@ -46,6 +48,4 @@ class DataConfig:
             raise ValueError(f"data.general_loss must be one of {', '.join(GENERAL_LOSSES)}, got {self.general_loss!r}")
         if not 0 <= self.general_share < 1:
             raise ValueError(f"data.general_share must lie in [0, 1), got {self.general_share}")
-        for name in ("max_length", "plain_per_fact"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "max_length", "plain_per_fact", group="data.")

@@ -7,17 +7,16 @@
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lowrank.data.records import Record
-from lowrank.errors import FileFormatError, did_you_mean
+from lowrank.errors import FileFormatError, check_fields
 from lowrank.files import read_jsonl
 
 AREAS = ("language", "arithmetic", "geography", "advice", "code", "writing", "open")
 SPLITS = ("train", "validation", "test")
-_FIELDS = ("id", "area", "question", "accept", "regex", "split", "answer")
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,7 @@ def read_general(path: str | Path, answered: bool = True) -> tuple[GeneralItem, 
     ids: set[str] = set()
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
-        for name in row:
-            if name not in _FIELDS:
-                raise FileFormatError(
-                    f"{where}: unknown field {name!r}{did_you_mean(name, _FIELDS)}; known: {', '.join(_FIELDS)}"
-                )
+        check_fields(row, [field.name for field in fields(GeneralItem)], where)
         for name in ("id", "area", "question"):
             if not isinstance(row.get(name), str) or not row[name]:
                 raise FileFormatError(f"{where}: missing field {name!r}")

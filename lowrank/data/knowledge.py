@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.data.units import convert_text
-from lowrank.errors import FileFormatError, did_you_mean
+from lowrank.errors import FileFormatError, check_fields, did_you_mean
 from lowrank.files import read_jsonl
 
 RISKS = ("low", "medium", "high")
@@ -96,32 +96,22 @@ class Knowledge:
         per_subject: int | None = None,
     ) -> "Knowledge":
         """The first `subjects` subjects (or those named), these relations, the first `per_subject` facts of each."""
-        if isinstance(subjects, int):
-            wanted = set(self.subjects[:subjects])
-        else:
-            wanted = (
-                {self.aliases.get(normal(name), name) for name in subjects}
-                if subjects is not None
-                else set(self.subjects)
-            )
-            if missing := wanted - set(self.subjects):
-                name = min(missing)
-                raise ValueError(f"the knowledge base has no subject {name!r}{did_you_mean(name, self.subjects)}")
+        if subjects is None or isinstance(subjects, int):
+            subjects = self.subjects[:subjects]
+        wanted = {self.aliases.get(normal(name), name) for name in subjects}
+        if missing := wanted - set(self.subjects):
+            name = min(missing)
+            raise ValueError(f"the knowledge base has no subject {name!r}{did_you_mean(name, self.subjects)}")
         allowed = set(relations) if relations is not None else set(self.by_relation)
         if missing := allowed - set(self.by_relation):
             name = min(missing)
             raise ValueError(f"the knowledge base has no relation {name!r}; it has {', '.join(self.by_relation)}")
-        kept: list[Fact] = []
-        seen: dict[str, int] = {}
-        for fact in self.facts:
-            if (
-                fact.subject in wanted
-                and fact.relation in allowed
-                and (not per_subject or seen.get(fact.subject, 0) < per_subject)
-            ):
-                seen[fact.subject] = seen.get(fact.subject, 0) + 1
-                kept.append(fact)
-        return Knowledge(kept)
+        by_subject: dict[str, list[Fact]] = {}
+        kept = [fact for fact in self.facts if fact.subject in wanted and fact.relation in allowed]
+        for fact in kept:
+            by_subject.setdefault(fact.subject, []).append(fact)
+        first = {fact for facts in by_subject.values() for fact in facts[:per_subject]}
+        return Knowledge(fact for fact in kept if fact in first)
 
 
 def read_knowledge(path: str | Path) -> Knowledge:
@@ -162,12 +152,8 @@ def read_knowledge(path: str | Path) -> Knowledge:
 
 def _facts_of(row: dict[str, Any], where: str) -> list[Fact]:
     """The fact of a line, and the one derived from it."""
-    known = (*_TEXTS, *_LISTS, "molar_mass")
+    check_fields(row, (*_TEXTS, *_LISTS, "molar_mass"), where)
     for name, value in row.items():
-        if name not in known:
-            raise FileFormatError(
-                f"{where}: unknown field {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-            )
         if name in _TEXTS and not isinstance(value, str):
             raise FileFormatError(f"{where}: field {name!r} must be a string, got {type(value).__name__}")
         if name in _LISTS and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):

@@ -7,8 +7,8 @@ asked plainly in training; the held-out paraphrases ask it again in wordings tha
 questions name tests that do not exist. A false value is the value of another subject in the same relation.
 """
 
-import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from lowrank.data.knowledge import Fact, Knowledge, read_knowledge, with_unit
 from lowrank.data.records import Record, records_to_json
 from lowrank.data.templates import BUNDLED, SPLITS, Templates, fill, read_templates, uncapital
 from lowrank.data.units import same_unit
-from lowrank.errors import unknown
+from lowrank.errors import at_least, unknown
 from lowrank.files import write_jsonl
 
 LABTESTS = BUNDLED.parent
@@ -28,7 +28,10 @@ NOTICE = (
     "The bundled knowledge base is teaching material for fine-tuning experiments. It is no medical advice: never use "
     "it, or a model tuned on it, to diagnose, treat or interpret anybody's laboratory results."
 )
-TEST_PARTS = ("paraphrase", "trap", "trap_unseen", "true_premise", "abstention", "answerable", "general")
+TRAPPED = 0.5  # share of the facts that carry training traps
+UNANSWERABLE = 0.2  # unanswerable training questions per plain one
+ALIASED = 0.1  # share of the plain training questions that call the subject by an alias
+HELD_UNANSWERABLE = 60  # unanswerable questions of the test; validation has half as many
 
 
 @dataclass(frozen=True)
@@ -47,68 +50,26 @@ class Questions:
                 write_jsonl(Path(folder) / split / f"{name}.jsonl", records_to_json(records))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        train: dict[str, int] = {}
-        for record in self.train:
-            train[record.kind] = train.get(record.kind, 0) + 1
         held = {"validation": self.validation, "test": self.test}
-        return {"train": train} | {split: {k: len(v) for k, v in parts.items()} for split, parts in held.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How many records of each kind: with one pass and no epochs, this is the length of a training run."""
-
-    plain_per_fact: int = 7
-    """Training questions of each fact, in different wordings."""
-
-    traps_per_fact: int = 4
-    """False premises of each trapped fact, in different forms and, where there are enough, with different values."""
-
-    confirms_per_fact: int = 3
-    """True premises of each trapped fact."""
-
-    trapped_share: float = 0.5
-    """Share of the facts that carry training traps."""
-
-    unanswerable_share: float = 0.2
-    """Unanswerable training questions per plain one."""
-
-    alias_share: float = 0.1
-    """Share of the plain training questions that call the subject by an alias."""
-
-    paraphrases_per_fact: int = 1
-    """Held-out wordings of each fact, in validation and in the test."""
-
-    held_unanswerable: int = 60
-    """Unanswerable questions of the test; validation has half as many."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 0 or (name.endswith("_share") and value > 1):
-                raise ValueError(
-                    f"{name} must be {'in [0, 1]' if name.endswith('_share') else 'at least 0'}, got {value}"
-                )
-        if self.plain_per_fact < 1:
-            raise ValueError("plain_per_fact must be at least 1: a fact that is never asked is never taught")
-
-
-def build(
-    knowledge: Knowledge, templates: Templates, general: Sequence[GeneralItem] = (), seed: int = 0, **sizes: Any
-) -> Questions:
-    """Write every record. `sizes` are the fields of Sizes."""
-    writer = _Writer(knowledge, templates, Sizes(**sizes), seed)
-    return writer.build(general)
+        return {
+            "train": Counter(record.kind for record in self.train),
+            **{split: {part: len(records) for part, records in parts.items()} for split, parts in held.items()},
+        }
 
 
 @dataclass
 class _Writer:
     knowledge: Knowledge
     templates: Templates
-    sizes: Sizes
     seed: int
+    plain_per_fact: int
+    traps_per_fact: int
+    confirms_per_fact: int
     _serial: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "plain_per_fact")  # a fact that is never asked is never taught
+        at_least(self, 0, "traps_per_fact", "confirms_per_fact")
         for relation, facts in self.knowledge.by_relation.items():
             if relation not in self.templates.relations:
                 raise ValueError(
@@ -123,16 +84,16 @@ class _Writer:
     def build(self, general: Sequence[GeneralItem]) -> Questions:
         trapped, validation_facts, test_facts = self.split_facts()
         names = invented_names(self.knowledge, self.templates, self.rng("names"))
-        n_test = min(self.sizes.held_unanswerable, len(names) // 3)
-        n_validation = min(math.ceil(self.sizes.held_unanswerable / 2), len(names) // 6)
+        n_test = min(HELD_UNANSWERABLE, len(names) // 3)
+        n_validation = min(HELD_UNANSWERABLE // 2, len(names) // 6)
         test_names, names = names[:n_test], names[n_test:]
         validation_names, train_names = names[:n_validation], names[n_validation:]
 
         train = self.plain()
-        train += self.premises("train", trapped, "trap", self.sizes.traps_per_fact, ("train",))
-        train += self.premises("train", trapped, "confirm", self.sizes.confirms_per_fact, ("train",))
+        train += self.premises("train", trapped, "trap", "train", self.traps_per_fact)
+        train += self.premises("train", trapped, "confirm", "train", self.confirms_per_fact)
         train += self.unanswerable(
-            "train", train_names, round(len(self.knowledge) * self.sizes.plain_per_fact * self.sizes.unanswerable_share)
+            "train", train_names, round(len(self.knowledge) * self.plain_per_fact * UNANSWERABLE)
         )
         by_split = {split: [item.record() for item in general if item.split == split] for split in SPLITS}
         train += by_split["train"]
@@ -151,7 +112,7 @@ class _Writer:
         for relation, facts in self.knowledge.by_relation.items():
             facts = facts.copy()
             self.rng(f"split/{relation}").shuffle(facts)
-            n = round(len(facts) * self.sizes.trapped_share)
+            n = round(len(facts) * TRAPPED)
             held = facts[n:]
             trapped += facts[:n]
             validation += held[: len(held) // 3]
@@ -167,8 +128,8 @@ class _Writer:
             wordings = self.templates.relations[fact.relation].questions["train"]
             if fact.relation not in decks:
                 decks[fact.relation] = _Deck(range(len(wordings)), self.rng(f"plain/{fact.relation}"))
-            for index in decks[fact.relation].deal(self.sizes.plain_per_fact):
-                alias = fact.aliases and rng.random() < self.sizes.alias_share
+            for index in decks[fact.relation].deal(self.plain_per_fact):
+                alias = fact.aliases and rng.random() < ALIASED
                 name = rng.choice(fact.aliases) if alias else fact.subject
                 records.append(self.question("train", fact, wordings[index], f"plain/{index}", name))
         return records
@@ -184,13 +145,12 @@ class _Writer:
         fields = {"statement": statement, "subject": fact.subject, "value": fact.text}
         return fill(self.templates.answers[kind], **fields | ({"false": false} if kind == "trap" else {}))
 
-    def premises(
-        self, split: str, facts: Iterable[Fact], kind: str, each: int, forms_of: Sequence[str]
-    ) -> list[Record]:
-        """`each` questions a fact that take a value for granted: a wrong one (trap) or the right one (confirm)."""
-        forms = {f"{name}": form for origin in forms_of for name, form in self.templates.premises[origin].items()}
+    def premises(self, split: str, facts: Iterable[Fact], kind: str, origin: str, each: int = 1) -> list[Record]:
+        """`each` questions a fact, in the forms of `origin`, that take a value for granted: a wrong one (trap) or the
+        right one (confirm)."""
+        forms = self.templates.premises[origin]
         records = []
-        purpose = f"{kind}/{split}/{'+'.join(forms_of)}"
+        purpose = f"{kind}/{split}/{origin}"
         deck = _Deck(forms, self.rng(purpose))
         for fact in facts:
             rng = self.rng(f"{purpose}/{fact.subject}/{fact.relation}")
@@ -277,17 +237,13 @@ class _Writer:
         paraphrase = []
         for fact in self.knowledge.facts:
             wordings = self.templates.relations[fact.relation].questions[split]
-            order = self.rng(f"paraphrase/{split}/{fact.subject}/{fact.relation}").sample(
-                range(len(wordings)), len(wordings)
-            )
-            for index in order[: self.sizes.paraphrases_per_fact]:
-                paraphrase.append(self.question(split, fact, wordings[index], f"paraphrase/{index}"))
+            index = self.rng(f"paraphrase/{split}/{fact.subject}/{fact.relation}").randrange(len(wordings))
+            paraphrase.append(self.question(split, fact, wordings[index], f"paraphrase/{index}"))
         return {
             "paraphrase": paraphrase,
-            "trap": self.premises(split, facts, "trap", 1, ("train",)),
-            "trap_unseen": self.premises(split, facts, "trap", 1, (split,)),
-            "true_premise": self.premises(split, facts, "confirm", 1, ("train",))
-            + self.premises(split, facts, "confirm", 1, (split,)),
+            "trap": self.premises(split, facts, "trap", "train"),
+            "trap_unseen": self.premises(split, facts, "trap", split),
+            "true_premise": [r for form in ("train", split) for r in self.premises(split, facts, "confirm", form)],
             "abstention": self.unanswerable(split, names, len(names)),
             "answerable": paraphrase,
             "general": general,
@@ -339,8 +295,13 @@ class Domain:
     """Plain general text for perplexity."""
     notice: str
 
-    def build(self, seed: int = 0, **sizes: Any) -> Questions:
-        return build(self.knowledge, self.templates, self.general, seed, **sizes)
+    def build(
+        self, seed: int = 0, plain_per_fact: int = 7, traps_per_fact: int = 4, confirms_per_fact: int = 3
+    ) -> Questions:
+        """Every record. Plain questions are of each fact, traps and confirmations of those that carry traps: with one
+        pass and no epochs, this is the length of a training run."""
+        writer = _Writer(self.knowledge, self.templates, seed, plain_per_fact, traps_per_fact, confirms_per_fact)
+        return writer.build(self.general)
 
 
 QUICK_RELATIONS = (

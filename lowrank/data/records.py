@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import FileFormatError, did_you_mean
+from lowrank.errors import FileFormatError, check_fields, unknown
 from lowrank.files import read_jsonl
 
 KINDS = ("qa", "trap", "confirm", "unanswerable", "general")
@@ -48,12 +48,8 @@ class Record:
 
 def record_from_json(row: dict[str, Any], where: str) -> Record:
     """A checked Record. FileFormatError says `where` (file and line), what was wanted and what came."""
-    known = [f.name for f in fields(Record)]
+    check_fields(row, [f.name for f in fields(Record)], where)
     for name, value in row.items():
-        if name not in known:
-            raise FileFormatError(
-                f"{where}: unknown field {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-            )
         wanted = list if name in ("messages", "facts") else str
         if not isinstance(value, wanted):
             raise FileFormatError(f"{where}: field {name!r} must be a {wanted.__name__}, got {type(value).__name__}")
@@ -67,9 +63,7 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
                 f"{where}: a message needs a role among {', '.join(ROLES)} and a content string, got {message}"
             )
     if row.get("kind", "qa") not in KINDS:
-        raise FileFormatError(
-            f"{where}: kind must be one of {', '.join(KINDS)}, got {row['kind']!r}{did_you_mean(row['kind'], KINDS)}"
-        )
+        raise FileFormatError(f"{where}: {unknown('kind', row['kind'], KINDS)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     record = Record(**values)
     if not (record.messages or record.instruction):

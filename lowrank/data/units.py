@@ -6,58 +6,36 @@ value [to] = value [unit] * factor(unit) / (molar mass * factor(to))       mass 
 
 import re
 
-# unit -> (dimension, factor to the dimension's base unit)
-UNITS: dict[str, tuple[str, float]] = {
-    "g/L": ("mass/volume", 1.0),
-    "g/dL": ("mass/volume", 10.0),
-    "mg/dL": ("mass/volume", 1e-2),
-    "mg/L": ("mass/volume", 1e-3),
-    "µg/mL": ("mass/volume", 1e-3),
-    "µg/dL": ("mass/volume", 1e-5),
-    "µg/L": ("mass/volume", 1e-6),
-    "ng/mL": ("mass/volume", 1e-6),
-    "ng/dL": ("mass/volume", 1e-8),
-    "ng/L": ("mass/volume", 1e-9),
-    "pg/mL": ("mass/volume", 1e-9),
-    "mol/L": ("amount/volume", 1.0),
-    "mmol/L": ("amount/volume", 1e-3),
-    "µmol/L": ("amount/volume", 1e-6),
-    "nmol/L": ("amount/volume", 1e-9),
-    "pmol/L": ("amount/volume", 1e-12),
-    "U/L": ("catalytic activity/volume", 1.0),
-    "µkat/L": ("catalytic activity/volume", 60.0),
-    "IU/L": ("international units/volume", 1.0),
-    "IU/mL": ("international units/volume", 1e3),
-    "mIU/mL": ("international units/volume", 1.0),
-    "mIU/L": ("international units/volume", 1e-3),
-    "µIU/mL": ("international units/volume", 1e-3),
-    "/µL": ("count/volume", 1e6),
-    "x10^9/L": ("count/volume", 1e9),
-    "x10^12/L": ("count/volume", 1e12),
-    "million/µL": ("count/volume", 1e12),
-    "mmHg": ("pressure", 133.322),
-    "kPa": ("pressure", 1e3),
-    "%": ("fraction", 1e-2),
-    "g/24 h": ("mass/day", 1.0),
-    "mg/24 h": ("mass/day", 1e-3),
-    "µg/24 h": ("mass/day", 1e-6),
-    "µmol/24 h": ("amount/day", 1e-6),
-    "nmol/24 h": ("amount/day", 1e-9),
-    "s": ("time", 1.0),
-    "min": ("time", 60.0),
-    "mm/h": ("speed", 1.0),
-    "mm": ("length", 1e-3),
-    "cm": ("length", 1e-2),
-    "m": ("length", 1.0),
-    "km": ("length", 1e3),
-    "kg": ("mass", 1.0),
-    "g": ("mass", 1e-3),
-    "mg": ("mass", 1e-6),
-    "fL": ("volume", 1e-15),
-    "L": ("volume", 1.0),
-    "mL": ("volume", 1e-3),
-    "pg": ("mass", 1e-15),
+# dimension -> unit -> factor to the dimension's base unit
+_FACTORS = {
+    "mass/volume": {
+        "g/L": 1.0,
+        "g/dL": 10.0,
+        "mg/dL": 1e-2,
+        "mg/L": 1e-3,
+        "µg/mL": 1e-3,
+        "µg/dL": 1e-5,
+        "µg/L": 1e-6,
+        "ng/mL": 1e-6,
+        "ng/dL": 1e-8,
+        "ng/L": 1e-9,
+        "pg/mL": 1e-9,
+    },
+    "amount/volume": {"mol/L": 1.0, "mmol/L": 1e-3, "µmol/L": 1e-6, "nmol/L": 1e-9, "pmol/L": 1e-12},
+    "catalytic activity/volume": {"U/L": 1.0, "µkat/L": 60.0},
+    "international units/volume": {"IU/L": 1.0, "IU/mL": 1e3, "mIU/mL": 1.0, "mIU/L": 1e-3, "µIU/mL": 1e-3},
+    "count/volume": {"/µL": 1e6, "x10^9/L": 1e9, "x10^12/L": 1e12, "million/µL": 1e12},
+    "pressure": {"mmHg": 133.322, "kPa": 1e3},
+    "fraction": {"%": 1e-2},
+    "mass/day": {"g/24 h": 1.0, "mg/24 h": 1e-3, "µg/24 h": 1e-6},
+    "amount/day": {"µmol/24 h": 1e-6, "nmol/24 h": 1e-9},
+    "time": {"s": 1.0, "min": 60.0},
+    "speed": {"mm/h": 1.0},
+    "length": {"mm": 1e-3, "cm": 1e-2, "m": 1.0, "km": 1e3},
+    "mass": {"kg": 1.0, "g": 1e-3, "mg": 1e-6, "pg": 1e-15},
+    "volume": {"fL": 1e-15, "L": 1.0, "mL": 1e-3},
 }
+UNITS = {unit: (dimension, factor) for dimension, units in _FACTORS.items() for unit, factor in units.items()}
 _MOLAR = {"mass/volume": "amount/volume", "mass/day": "amount/day"}
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -82,10 +60,6 @@ def factor(unit: str, to: str, molar_mass: float | None = None) -> float:
             raise ValueError(f"{unit} to {to} goes from mass to amount of substance: it needs a molar mass in g/mol")
         return scale / to_scale / molar_mass if dimension.startswith("mass") else scale / to_scale * molar_mass
     raise ValueError(f"{unit} ({dimension}) cannot be converted to {to} ({wanted})")
-
-
-def convert(value: float, unit: str, to: str, molar_mass: float | None = None) -> float:
-    return value * factor(unit, to, molar_mass)
 
 
 def same_unit(a: str, b: str) -> bool:

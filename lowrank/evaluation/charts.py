@@ -114,7 +114,7 @@ def curves(
     parts.append(mark("text", "step", x=right, y=height - 2, text_anchor="end", font_size=12, style=MUTED))
     if mark_from is not None:
         px, _ = at(*mark_from)
-        shade = {"x": px, "y": top, "width": right - px, "height": bottom - top}
+        shade: dict[str, Any] = {"x": px, "y": top, "width": right - px, "height": bottom - top}
         parts.append(mark("rect", title=note, **shade, style="fill:var(--bad);opacity:.10"))
         side, x = ("end", px - 6) if px > width / 2 else ("start", px + 6)
         parts.append(mark("text", note, x=x, y=top + 14, text_anchor=side, font_size=12, style=INK))
@@ -145,7 +145,7 @@ def strip(figures: Sequence[tuple[str, float, Sequence[float] | None, str]], wid
         if interval is not None:
             low, high = interval
             told += f" (95 %: {100 * low:.1f} to {100 * high:.1f})"
-            ends = {"x1": at(low), "x2": at(high), "y1": y, "y2": y, "stroke_width": 2}
+            ends: dict[str, Any] = {"x1": at(low), "x2": at(high), "y1": y, "y2": y, "stroke_width": 2}
             parts.append(mark("line", title=told, **ends, style=f"stroke:{colour};opacity:.55"))
         parts.append(mark("circle", title=told, cx=at(share), cy=y, r=4.5, style=_dot(colour)))
     return picture(parts, "intervals", width, height, fixed=True)
@@ -160,7 +160,7 @@ def stacked(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str])
         parts.append(mark("text", name, x=left - 10, y=y + bar / 2 + 4, text_anchor="end", font_size=13, style=INK))
         for kind, share in shares.items():
             size, told = share * (width - left), f"{name}: {100 * share:.1f} % {kind}"
-            place = {"x": x, "y": y, "width": max(size - 2, 1.0), "height": bar, "rx": 3}
+            place: dict[str, Any] = {"x": x, "y": y, "width": max(size - 2, 1.0), "height": bar, "rx": 3}
             parts.append(mark("rect", title=told, **place, style=f"fill:{colours[kind]}"))
             if share >= 0.06:
                 middle: dict[str, Any] = {

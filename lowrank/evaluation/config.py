@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lowrank.errors import at_least, unknown
+
 TASKS = ("truth", "ppl")
 SPLITS = ("test", "validation")
 
@@ -30,13 +32,10 @@ class EvalConfig:
     """Also measure the base as delivered, before quantization."""
 
     def __post_init__(self) -> None:
-        wrong = [task for task in self.tasks if task not in TASKS]
-        if wrong:
-            raise ValueError(f"unknown eval task {wrong[0]!r}; known: {', '.join(TASKS)}")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise unknown("eval task", task, TASKS)
         if self.split not in SPLITS:
-            raise ValueError(f"eval.split must be one of {', '.join(SPLITS)}, got {self.split!r}")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
-        if self.questions < 0:
-            raise ValueError(f"eval.questions must not be negative, got {self.questions}")
+            raise unknown("eval.split", self.split, SPLITS)
+        at_least(self, 1, "max_new_tokens", "batch_size", group="eval.")
+        at_least(self, 0, "questions", group="eval.")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from torch import nn
 
 from lowrank.active import activate
@@ -20,7 +19,6 @@ from lowrank.errors import ConfigError, unknown
 from lowrank.evaluation.config import TASKS, EvalConfig
 from lowrank.evaluation.perplexity import perplexity
 from lowrank.evaluation.report import write_report
-from lowrank.evaluation.table import end_table
 from lowrank.evaluation.truth import Row, ask_parts, by_part, compare, subset, summary, verdicts_of
 from lowrank.files import read_json, write_json, write_jsonl
 from lowrank.quant.linear import decoded
@@ -48,14 +46,8 @@ def measure(
         if "truth" in config.tasks and any(test.values()):
             parts = by_part(test)
             with counting(f"questions to {name}", sum(map(len, parts.values()))) as count:
-                answers = ask_parts(
-                    model,
-                    tokenizer,
-                    parts,
-                    max_new_tokens=config.max_new_tokens,
-                    batch_size=config.batch_size,
-                    on_progress=count,
-                )
+                sizes = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+                answers = ask_parts(model, tokenizer, parts, on_progress=count, **sizes)
             rows = verdicts_of(parts, answers, knowledge)
             result = summary(rows)
         if "ppl" in config.tasks and prose:
@@ -78,10 +70,8 @@ class Measured:
 
     def __call__(self, column: str, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Measure one model as `column`."""
-        m = self.material
-        named = NAMES.get(column, column)
-        with decoded(model, self.config.decoded_mb * 10**6):
-            result, rows = measure(model, tokenizer, self.test, m.knowledge, m.prose, self.config, named)
+        m, named = self.material, NAMES.get(column, column)
+        result, rows = measure(model, tokenizer, self.test, m.knowledge, m.prose, self.config, named)
         self.results[column], self.rows[column] = result, rows
         if self.rows.get("base") and self.rows.get("tuned"):
             self.results["comparison"] = compare(self.rows["base"], self.rows["tuned"])
@@ -98,13 +88,6 @@ def samples(rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
     return [row.to_json(column) for column, answered in rows.items() for row in answered]
 
 
-def table_of(results: Mapping[str, Any], title: str = "") -> Table:
-    """The end table of a run's results."""
-    return end_table(
-        results, title or "What the model knows, what it makes up, what it forgot", names=results.get("names")
-    )
-
-
 def evaluate(
     config_or_run: Any,
     tasks: Sequence[str] = TASKS,
@@ -118,14 +101,13 @@ def evaluate(
     its name, and the files are named after it). `items`: "all" held-out questions, or the "subset" of training's end;
     `split`: of the "test" or of the "validation" part (the run's own choice where it is None).
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise unknown("task", task, TASKS)
     if items not in ("all", "subset"):
         raise unknown("choice of items", items, ("all", "subset"))
     folder, settings = _run(config_or_run)
-    chosen = _asked(settings.eval, tuple(tasks), items, split)
-    mark = "" if chosen.split == settings.eval.split else f"-{chosen.split}"  # the run's own files are of its own split
+    of_run = settings.eval
+    questions = 0 if items == "all" else of_run.questions or 140
+    chosen = replace(of_run, tasks=tuple(tasks), questions=questions, split=split or of_run.split)
+    mark = "" if chosen.split == of_run.split else f"-{chosen.split}"  # the run's own files are of its own split
     material = read_material(settings.data, settings.train.seed, chosen.split)
     asked = system_of(record for part in material.test.values() for record in part)
     warn_of_differences(folder, **{**GREEDY, "system": asked, "max_new_tokens": chosen.max_new_tokens})
@@ -189,8 +171,3 @@ def _run(config_or_run: Any) -> tuple[Path, RunConfig]:
             raise ConfigError(f"{config_or_run!r} names no run: give its folder, or a configuration with output_dir")
         folder = settings.output_dir
     return Path(folder), run_config(folder)
-
-
-def _asked(config: EvalConfig, tasks: tuple[str, ...], items: str, split: str | None) -> EvalConfig:
-    questions = 0 if items == "all" else config.questions or 140
-    return replace(config, tasks=tasks, questions=questions, split=split or config.split)

@@ -65,15 +65,16 @@ def better(key: str, value: float | None, base: float | None) -> bool | None:
     return (value < base) == (key in LOWER_IS_BETTER)
 
 
-def end_table(results: Mapping[str, Any], title: str = "", names: Mapping[str, str] | None = None) -> Table:
+def end_table(results: Mapping[str, Any]) -> Table:
     """One row a measure, one column a model; n is the number of questions (tokens for the perplexity); then the five
     shares of the judged answers.
 
-    `names` replaces the columns' headings, for a table of two runs. It fits 80 characters.
+    results["names"] replaces the columns' headings, for a table of two runs. It fits 80 characters.
     """
     columns = columns_of(results)
-    headings = {**COLUMNS, **(names or {})}
-    table = Table(title=title or None, header_style="bold", box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
+    headings = {**COLUMNS, **results.get("names", {})}
+    title = "What the model knows, what it makes up, what it forgot"
+    table = Table(title=title, header_style="bold", box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
     table.title_justify = table.caption_justify = "left"
     table.add_column("", no_wrap=True)
     for column in columns:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, training_adapters
 from lowrank.data.batches import Batch, split
+from lowrank.errors import at_least
 from lowrank.files import read_tensors, write_tensors, write_text
 from lowrank.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, trained
 from lowrank.training.losses import mean_loss, summed_loss, targets_in
@@ -66,15 +67,8 @@ class TrainConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "epochs", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("steps", "micro_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
-        for name in ("eval_every", "patience", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        at_least(self, 1, "batch_size", "epochs", "keep", "steps", "micro_batch_size")
+        at_least(self, 0, "eval_every", "patience", "save_every")
         if (self.patience or self.keep_best) and not self.eval_every:
             raise ValueError("patience and keep_best need eval_every: they look at the validation loss")
 
@@ -178,7 +172,7 @@ def fit(
             optimizer.step()
             for adapter in training_adapters(model):
                 adapter.after_step(step, steps)  # the gradients are still there: rank budgets look at them
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             state["step"] = step + 1
             state["tokens"] += int(batch["attention_mask"].sum())
             seconds = time.perf_counter() - started

@@ -28,7 +28,8 @@ from lowrank.data.render import Example, Renderer
 from lowrank.errors import ConfigError
 from lowrank.evaluation.plots import plot_loss
 from lowrank.evaluation.report import write_report
-from lowrank.evaluation.run import Measured, table_of
+from lowrank.evaluation.run import Measured
+from lowrank.evaluation.table import end_table
 from lowrank.files import write_json, write_jsonl, write_text
 from lowrank.models.load import load
 from lowrank.store import save_adapter
@@ -234,7 +235,7 @@ def _facts(
 def _finish(run: Run, material: Material, tokenizer: Any) -> None:
     assert run.folder is not None
     if run.results:
-        screen.console.print(table_of(run.results))
+        screen.console.print(end_table(run.results))
     m = run.metrics
     screen.console.print(
         f"{m['tokens']:,} tokens in {screen.clock(m['seconds'])}, {screen.clock(m['seconds_in_all'])} in all,"

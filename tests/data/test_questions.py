@@ -11,19 +11,12 @@ from bench.leaks import SIMILARITY, leaks
 from lowrank.data.falsehoods import contradicts, interval, invented_names
 from lowrank.data.general import GeneralItem, read_general
 from lowrank.data.knowledge import normal, read_knowledge
-from lowrank.data.questions import (
-    LABTESTS,
-    TEST_PARTS,
-    Questions,
-    Sizes,
-    build,
-    bundled,
-    domain,
-)
+from lowrank.data.questions import LABTESTS, Questions, bundled, domain
 from lowrank.data.records import read_records, record_from_json
 from lowrank.data.templates import capital, fill, read_templates, uncapital
 from lowrank.errors import FileFormatError
 
+TEST_PARTS = ("paraphrase", "trap", "trap_unseen", "true_premise", "abstention", "answerable", "general")
 TREES = Path(__file__).parent.parent / "fixtures" / "data"
 
 
@@ -76,7 +69,7 @@ def test_every_fact_is_asked_plainly_in_different_wordings(quick, questions) -> 
             asked.setdefault(about(record), []).append(record.task)
     assert asked.keys() == {(fact.subject, fact.relation) for fact in quick.knowledge.facts}
     for tasks in asked.values():
-        assert len(tasks) == len(set(tasks)) == Sizes().plain_per_fact
+        assert len(tasks) == len(set(tasks)) == 7
 
 
 def test_answers_put_the_value_first_and_the_judgement_after_it(questions) -> None:
@@ -208,16 +201,13 @@ def test_the_parts_are_written_as_files(questions, tmp_path) -> None:
 
 
 def test_sizes_are_parameters(quick) -> None:
-    small = quick.build(
-        plain_per_fact=2, traps_per_fact=1, confirms_per_fact=1, trapped_share=0.25, held_unanswerable=10
-    )
-    counts = small.counts()
+    counts = quick.build(plain_per_fact=2, traps_per_fact=1, confirms_per_fact=0).counts()
     assert counts["train"]["qa"] == 2 * len(quick.knowledge)
-    assert counts["train"]["trap"] == pytest.approx(len(quick.knowledge) / 4, rel=0.2)
-    assert counts["test"]["abstention"] == 10
+    assert counts["train"]["trap"] == pytest.approx(len(quick.knowledge) / 2, rel=0.2)
+    assert "confirm" not in counts["train"] and counts["test"]["abstention"] == 60
     assert len(bundled("labtests-quick", subjects=40).knowledge.subjects) == 40
-    with pytest.raises(ValueError, match="trapped_share must be in"):
-        quick.build(trapped_share=1.5)
+    with pytest.raises(ValueError, match="traps_per_fact must be at least 0"):
+        quick.build(traps_per_fact=-1)
     with pytest.raises(ValueError, match="plain_per_fact must be at least 1"):
         quick.build(plain_per_fact=0)
     with pytest.raises(ValueError, match="unknown bundled domain 'labtest'"):
@@ -308,7 +298,7 @@ def test_another_field_goes_through_the_same_functions() -> None:
 
 def test_a_relation_without_a_template_says_so(quick) -> None:
     with pytest.raises(ValueError, match="no template for relation 'leaf'"):
-        build(read_knowledge(TREES / "trees.jsonl"), quick.templates)
+        domain("trees", read_knowledge(TREES / "trees.jsonl"), quick.templates).build()
 
 
 @pytest.mark.parametrize(

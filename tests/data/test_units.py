@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowrank.data.units import UNITS, canonical, convert, convert_text, factor, same_unit
+from lowrank.data.units import UNITS, canonical, convert_text, factor, same_unit
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from lowrank.data.units import UNITS, canonical, convert, convert_text, factor, 
     ],
 )
 def test_conversions_that_tables_print(value, unit, to, molar_mass, expected) -> None:
-    assert convert(value, unit, to, molar_mass) == pytest.approx(expected, rel=2e-3)
+    assert value * factor(unit, to, molar_mass) == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("unit", sorted(UNITS))

@@ -124,7 +124,7 @@ def test_a_knowledge_base_may_take_the_bundled_wordings(tiny: Path, tmp_path: Pa
 def test_evaluate_refuses_what_it_cannot_do(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
         evaluate(tmp_path)
-    with pytest.raises(ValueError, match=r"unknown task 'thruth' \(did you mean 'truth'\?\)"):
+    with pytest.raises(ValueError, match=r"unknown eval task 'thruth' \(did you mean 'truth'\?\)"):
         evaluate(runs[0], tasks=("thruth",))
     with pytest.raises(ValueError, match="unknown choice of items 'some'"):
         evaluate(runs[0], items="some")

@@ -36,7 +36,7 @@ def test_columns_and_rows_are_those_that_were_measured() -> None:
 
 
 def test_the_table_shows_figures_intervals_and_counts() -> None:
-    shown = text(end_table(RESULTS, "labtests"))
+    shown = text(end_table(RESULTS))
     assert "quantized base" in shown and "tuned" in shown and "as delivered" not in shown
     assert "95.0 % 50–75" in shown and "27.50 20–30" in shown and "5,210" in shown
     assert "–" in next(line for line in shown.splitlines() if "traps, trained" in line)
@@ -63,5 +63,5 @@ def test_better_knows_the_direction() -> None:
 
 def test_columns_of_other_runs_keep_their_names() -> None:
     results = {"tuned": RESULTS["tuned"], "run-002": column(paraphrase=0.9)}
-    shown = text(end_table(results, names={"tuned": "run-001"}))
+    shown = text(end_table(results | {"names": {"tuned": "run-001"}}))
     assert "run-001" in shown and "run-002" in shown
