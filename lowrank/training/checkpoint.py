@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowrank.adapter import training_adapters
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json, read_tensors, write_json, write_tensors
+from lowrank.training.optim import AdamW
 
 STATE = "state.json"
 
@@ -34,9 +35,7 @@ def scores(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, state: dict[str, Any], keep: int) -> Path:
     """Write checkpoints/step-N for N = state["step"], then drop all but the newest `keep`."""
     target = folder / "checkpoints" / f"step-{state['step']}"
     parameters = trained(model)
@@ -46,7 +45,7 @@ def save_checkpoint(
     if torch.cuda.is_available():
         moments["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in optimizer.state[parameter].items():
             moments[f"{key}.{name}"] = value
     write_tensors(target / "optimizer.safetensors", moments)
     write_json(target / STATE, state)
@@ -65,7 +64,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
     """Put a checkpoint back into model, optimizer and random state; returns its state dictionary."""
     parameters = trained(model)
     saved = read_tensors(path / "adapter.safetensors")
@@ -77,10 +76,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
             state = optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = moments.get(f"{key}.{name}")
-                if value is not None:
-                    state[key] = value.to(parameter.device)  # the step too: fused AdamW counts on the device
+            for key in state:
+                state[key].copy_(moments[f"{key}.{name}"])
         for name, buffer in scores(model).items():
             buffer.copy_(moments[f"buffer.{name}"])
     torch.set_rng_state(moments["random.cpu"])

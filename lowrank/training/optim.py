@@ -3,14 +3,16 @@
     warm-up:  lr(s) = lr · s / W                        s < W, so the first step has rate 0
     cosine:   lr(s) = lr · (m + (1 - m) (1 + cos(π p)) / 2),   p = (s - W) / (S - W),  m = min_lr_ratio
 
-AdamW is torch's own (Loshchilov and Hutter, 2019), arXiv:1711.05101, over the trainable parameters only.
+AdamW (Loshchilov and Hutter, 2019), arXiv:1711.05101, over the trainable parameters only.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.adapter import adapted_layers
 
@@ -53,7 +55,45 @@ def rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+class AdamW:
+    """torch's fused AdamW over groups {params, lr, peak}, with moments in each parameter's dtype.
+
+    torch.optim.AdamW ends in the same operator with the same bits, but its class imports torch's compiler: 77 MB and
+    two seconds at the start of every run.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        self.param_groups, self.config = groups, config
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        for p in (p for group in groups for p in group["params"]):
+            step = torch.zeros((), dtype=torch.float32, device=p.device)  # the operator counts on the device
+            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        c = self.config
+        for group in self.param_groups:
+            alike: dict[Any, list[nn.Parameter]] = defaultdict(list)  # one call takes one device and dtype
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.device, p.dtype].append(p)
+            for params in alike.values():
+                means, squares, steps = (
+                    [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
+                )
+                torch._foreach_add_(steps, 1)
+                torch._fused_adamw_(  # type: ignore[attr-defined]
+                    params, [p.grad for p in params], means, squares, [], steps, amsgrad=False, maximize=False,
+                    lr=group["lr"], beta1=c.beta1, beta2=c.beta2, weight_decay=c.weight_decay, eps=c.eps,
+                )  # fmt: skip
+
+    def zero_grad(self) -> None:
+        for p in self.state:
+            p.grad = None
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW over what trains: each adapter's own groups first, then any other parameter with a gradient."""
     by_rate: dict[float, list[nn.Parameter]] = {}
     seen: set[int] = set()
@@ -67,10 +107,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups = [{"params": params, "lr": lr, "peak": lr} for lr, params in by_rate.items() if params]
     if not groups:
         raise ValueError("nothing to train: no parameter has requires_grad; attach an adapter first")
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    return AdamW(groups, config)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_rate(optimizer: AdamW, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

@@ -18,6 +18,7 @@ from lowrank.quant.linear import quantize_model
 from lowrank.targets import attach
 from lowrank.training.loop import TrainConfig, fit
 from lowrank.training.losses import mean_loss, summed_loss, targets_in
+from lowrank.training.optim import AdamW
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -102,16 +103,16 @@ def one_step_gradient(batch: dict[str, torch.Tensor], **changes: object) -> list
     model = fresh()
     captured: list[torch.Tensor] = []
     first = next(p for p in model.parameters() if p.requires_grad)
-    optimizer_step = torch.optim.AdamW.step
+    optimizer_step = AdamW.step
 
-    def spy(self: torch.optim.AdamW, *args: object, **kwargs: object) -> None:
+    def spy(self: AdamW) -> None:
         captured.extend(gradients(model))
 
-    torch.optim.AdamW.step = spy  # type: ignore[assignment, method-assign]
+    AdamW.step = spy  # type: ignore[method-assign]
     try:
         fit(model, [batch], TrainConfig(steps=1, clip=0, save_every=0, **changes))  # type: ignore[arg-type]
     finally:
-        torch.optim.AdamW.step = optimizer_step  # type: ignore[method-assign]
+        AdamW.step = optimizer_step  # type: ignore[method-assign]
     assert first is not None and captured
     return captured
 

@@ -1,6 +1,8 @@
 """The learning rate's course, against expected values and by hand."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,38 @@ def test_only_what_has_a_gradient_is_in_the_optimizer() -> None:
     optimizer = make_optimizer(model, OptimConfig())
     inside = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(inside) == 2 and all(isinstance(p, torch.Tensor) and p.requires_grad for p in inside)
+
+
+def test_a_step_gives_the_bits_of_torch_s_own_fused_adamw() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4).to(torch.bfloat16))
+    theirs = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4).to(torch.bfloat16))
+    theirs.load_state_dict(ours.state_dict())
+    settings = OptimConfig(lr=0.01, weight_decay=0.1)
+    optimizer = make_optimizer(ours, settings)
+    betas = (settings.beta1, settings.beta2)
+    expected = torch.optim.AdamW(theirs.parameters(), 0.01, betas, settings.eps, weight_decay=0.1, fused=True)
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours.parameters(), theirs.parameters())):
+            a.grad = None if i == step else torch.randn_like(a)  # a parameter without a gradient stays as it is
+            b.grad = None if a.grad is None else a.grad.clone()
+        optimizer.step()
+        expected.step()
+        optimizer.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+        assert all(a.grad is None for a in ours.parameters())
+
+
+def test_training_does_not_import_the_compiler() -> None:
+    code = """
+import sys, torch
+import lowrank
+from lowrank.methods.lora import LoRAConfig
+from lowrank.training.loop import TrainConfig, fit
+model, _ = lowrank.load(sys.argv[1], quantize="nf4-dq", device="cpu", progress=False)
+lowrank.attach(model, LoRAConfig(rank=2))
+ids = torch.ones(2, 4, dtype=torch.long)
+fit(model, [{"input_ids": ids, "attention_mask": ids, "labels": ids}], TrainConfig(steps=2))
+assert "torch._dynamo" not in sys.modules and "torch._inductor" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, str(FIXTURES.parent / "models" / "llama")], check=True)
