@@ -28,7 +28,9 @@ def open_checkpoint(path: str | Path) -> "FolderCheckpoint | GGUFCheckpoint":
     if path.is_file():
         if path.suffix == ".gguf":
             return GGUFCheckpoint(path)
-        raise _not_a_model(path)
+        if path.suffix in PICKLES:
+            raise _pickle(path)
+        raise ValueError(f"{path} is no model this reader knows: wanted a .gguf file or a folder with config.json")
     if not path.is_dir():
         raise FileNotFoundError(f"no model at {path}: wanted a folder with config.json, a .gguf file, or 'quickstart'")
     if (path / "config.json").is_file():
@@ -41,14 +43,8 @@ def open_checkpoint(path: str | Path) -> "FolderCheckpoint | GGUFCheckpoint":
     raise FileNotFoundError(f"{path} holds neither config.json nor a .gguf file: it is no model folder")
 
 
-def _not_a_model(path: Path) -> ValueError:
-    if path.suffix in PICKLES:
-        return ValueError(_pickle_text(path))
-    return ValueError(f"{path} is no model this reader knows: wanted a .gguf file or a folder with config.json")
-
-
-def _pickle_text(path: Path) -> str:
-    return (
+def _pickle(path: Path) -> ValueError:
+    return ValueError(
         f"{path} is a pickle, which can run any code when it is read, so it is refused. Convert it once where you "
         "trust it: load it with torch.load(path, weights_only=True) and write it with safetensors.torch.save_file"
     )
@@ -142,7 +138,7 @@ class FolderCheckpoint:
             raise FileNotFoundError(f"{self.path} has {len(found)} safetensors files and no {index.name} to join them")
         pickles = sorted(f for f in self.path.iterdir() if f.suffix in PICKLES)
         if pickles:
-            raise ValueError(_pickle_text(pickles[0]))
+            raise _pickle(pickles[0])
         raise FileNotFoundError(f"{self.path} has a config.json but no weights: wanted model.safetensors")
 
     def _open(self, file: Path) -> Any:
@@ -163,13 +159,10 @@ class FolderCheckpoint:
         return head if f"{first}.weight" not in self._stored and f"{first[len(head) :]}.weight" in self._stored else ""
 
     def _name(self, path: str) -> str:
-        name = path.removeprefix(self._prefix) if self._prefix else path
-        if name not in self._stored and (module := name.rpartition("."))[0].endswith(
-            "LayerNorm"
-        ):  # as TensorFlow had it
-            older = f"{module[0]}.{'gamma' if module[2] == 'weight' else 'beta'}"
-            return older if older in self._stored else name
-        return name
+        name = path.removeprefix(self._prefix)
+        module, _, leaf = name.rpartition(".")
+        older = f"{module}.{'gamma' if leaf == 'weight' else 'beta'}"  # as TensorFlow had it
+        return older if name not in self._stored and module.endswith("LayerNorm") and older in self._stored else name
 
 
 def _parents(name: str, wanted: set[str]) -> list[str]:
@@ -206,9 +199,8 @@ class GGUFCheckpoint:
         self.gguf = GGUF(path)
         self.quantized: str | None = None
         shapes = {name: info.shape for name, info in self.gguf.tensors.items()}
-        factors = None
-        if "rope_freqs.weight" in shapes:
-            factors = tuple(self.gguf.tensor("rope_freqs.weight").tolist())
+        ropes = "rope_freqs.weight"
+        factors = tuple(self.gguf.tensor(ropes).tolist()) if ropes in shapes else None
         self.config = config_from_gguf(self.gguf.metadata, shapes, str(path), factors)
 
     def shape(self, path: str) -> tuple[int, ...] | None:

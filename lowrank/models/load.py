@@ -4,12 +4,12 @@ Weights stream: one tensor is read and put into its final form (dtype, or quanti
 memory peaks at the final size and the largest tensor.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -116,7 +116,7 @@ def fill(
     tied = tied_paths(model)
     paths = [path for path, _ in model.named_parameters(remove_duplicate=False) if path not in tied]
     check(model, checkpoint, paths, tied)
-    for path in ticking(paths, checkpoint.path.name, progress):
+    for path in track(paths, f"loading {checkpoint.path.name}", transient=True, disable=not progress):
         parent_path, _, leaf = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         if leaf == "bias" and isinstance(parent, QuantizedLinear):
@@ -124,7 +124,7 @@ def fill(
         if quantize is not None and leaf == "weight" and quantizable(parent, parent_path, model):
             layer = quantized(parent, parent_path, checkpoint, quantize, dtype, device)
             if layer is not None:
-                set_module(model, parent_path, layer)
+                model.set_submodule(parent_path, layer)
                 continue
         parent.register_parameter(leaf, nn.Parameter(checkpoint.tensor(path, dtype).to(device)))
     if isinstance(model, Decoder):
@@ -190,21 +190,6 @@ def quantized(
         q = replace(QuantizedTensor.quantize(weight, format, double_quant=double), dtype=remembered)
     bias = None if layer.bias is None else checkpoint.tensor(f"{path}.bias", dtype).to(device)
     return QuantizedLinear(q, bias)
-
-
-def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
-
-
-def ticking(paths: list[str], name: str, progress: bool) -> Iterator[str]:
-    """The paths, with a progress bar on a terminal."""
-    if not progress:
-        yield from paths
-        return
-    from rich.progress import track
-
-    yield from track(paths, description=f"loading {name}", transient=True)
 
 
 def load_tokenizer_of(source: str | Path, template: str | None = None) -> Tokenizer:

@@ -32,12 +32,8 @@ class FastVocabulary:
         self.inner, self.add_bos = inner, add_bos
         self.size: int = inner.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def hash(self) -> str:
-        return self._hash
-
     @cached_property
-    def _hash(self) -> str:
+    def hash(self) -> str:
         return hashlib.sha256(f"{self.inner.to_str()} {self.add_bos}".encode()).hexdigest()
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:

@@ -232,16 +232,7 @@ def _structured(schema: type, values: dict[str, Any], group: str) -> Any:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `read_config` reads back to an equal value."""
-    adapter = {
-        "method": config.adapter.method,
-        "targets": list(config.adapter.targets)
-        if isinstance(config.adapter.targets, list | tuple)
-        else config.adapter.targets,
-        "exclude": list(config.adapter.exclude),
-        "train_also": list(config.adapter.train_also),
-        **vars(config.adapter.settings),
-    }
-    values = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
-    for group in ("data", "train", "eval"):
-        values[group] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(values[group]).items()}
-    return OmegaConf.to_yaml(OmegaConf.create(values | {"adapter": adapter}))
+    groups = {group: vars(getattr(config, group)) for group in ("data", "train", "eval", "adapter")}
+    own = vars(groups["adapter"]["settings"])
+    adapter = {key: value for key, value in groups["adapter"].items() if key != "settings"}
+    return OmegaConf.to_yaml(OmegaConf.create(vars(config) | groups | {"adapter": adapter | own}))

@@ -20,16 +20,16 @@ def run_config(folder: str | Path) -> RunConfig:
     return read_config(path)
 
 
+def load_base(config: RunConfig, quantize: str | None) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) that a configuration names, in the format `quantize`."""
+    dtype = getattr(torch, config.dtype)
+    return load(config.model, quantize=quantize, dtype=dtype, device=config.device, template=config.data.template)
+
+
 def reopen(folder: str | Path, quantize: str | None = "as trained", adapter: bool = True) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a run, its adapter "default" active and frozen; `quantize` replaces the run's format."""
     config = run_config(folder)
-    model, tokenizer = load(
-        config.model,
-        quantize=config.quantize if quantize == "as trained" else quantize,
-        dtype=getattr(torch, config.dtype),
-        device=config.device,
-        template=config.data.template,
-    )
+    model, tokenizer = load_base(config, config.quantize if quantize == "as trained" else quantize)
     if adapter:
         if not (Path(folder) / "adapter" / "adapter.json").is_file():
             raise ConfigError(

@@ -12,6 +12,7 @@ import json
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,6 @@ from lowrank.evaluation.report import write_report
 from lowrank.evaluation.run import Measured
 from lowrank.evaluation.table import end_table
 from lowrank.files import write_json, write_jsonl, write_text
-from lowrank.models.load import load
 from lowrank.store import save_adapter
 from lowrank.targets import attach, check_targets
 from lowrank.training import screen
@@ -39,6 +39,7 @@ from lowrank.training.config import RunConfig, read_config, to_yaml
 from lowrank.training.contract import contract_of
 from lowrank.training.loop import Run, fit, give_back_memory, peak_memory_mb
 from lowrank.training.material import Examples, Material, read_material, render, validation_batches
+from lowrank.training.reopen import load_base
 from lowrank.training.teacher import with_teacher
 
 VALIDATION_EXAMPLES = 96
@@ -72,7 +73,7 @@ def _run(settings: RunConfig, material: Material, folder: Path, resume: bool, dr
     measured = Measured(folder, settings.eval, material, keep=not dry_run)
     examples, stream, tokenizer = _delivered(settings, material, measured, clock, dry_run)
     with clock("load the quantized base"):
-        model, _ = _load(settings, settings.quantize)
+        model, _ = load_base(settings, settings.quantize)
     if not dry_run and settings.eval.tasks:
         with clock("evaluate the quantized base"):
             measured("base", model, tokenizer)
@@ -103,11 +104,8 @@ def _run(settings: RunConfig, material: Material, folder: Path, resume: bool, dr
         with clock("evaluate the tuned model"):
             measured("tuned", model, tokenizer)
     run.results = measured.results
-    run.metrics |= {
-        "seconds_in_all": clock.total(),
-        "peak_memory_mb": peak_memory_mb(),
-        "trainable": coverage.trainable,
-    }
+    run.metrics |= {"seconds_in_all": clock.total(), "peak_memory_mb": peak_memory_mb()}
+    run.metrics["trainable"] = coverage.trainable
     write_json(folder / "results.json", run.results | {"metrics": run.metrics})
     plot_loss(folder)
     if run.results:
@@ -131,14 +129,6 @@ def _require_same(given: RunConfig, saved: RunConfig, folder: Path) -> None:
         )
 
 
-def _begin(settings: RunConfig, folder: Path, clock: "_Clock") -> None:
-    """Everything that can be refused has been looked at: from here on the run leaves files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", to_yaml(settings))
-    write_json(folder / "versions.json", versions())
-    clock.keep(folder / "timing.jsonl")
-
-
 def run_folder(config: RunConfig, resume: bool, dry_run: bool = False) -> Path:
     """The folder of this run: `output_dir`, or the next free runs/<recipe>-NNN; with `resume`, the last there is."""
     runs = Path("runs")
@@ -159,23 +149,15 @@ def run_folder(config: RunConfig, resume: bool, dry_run: bool = False) -> Path:
         folder = runs / f"{config.recipe}-{max((n for n, _ in numbered), default=0) + 1:03d}"
     if resume and not (folder / "config.yaml").is_file():
         raise ConfigError(f"nothing to resume: {folder} holds no run (no config.yaml)")
-    if not resume and not dry_run and folder.is_dir() and any(folder.iterdir()):
+    if resume or dry_run:
+        return folder
+    if folder.is_file():
+        raise ConfigError(f"output_dir {folder} is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"output_dir {folder} holds a run or other files already: choose another folder, or go on with --resume"
         )
-    if not resume and not dry_run and folder.is_file():
-        raise ConfigError(f"output_dir {folder} is a file; choose a folder")
     return folder
-
-
-def _load(config: RunConfig, quantize: str | None) -> tuple[nn.Module, Any]:
-    return load(
-        config.model,
-        quantize=quantize,
-        dtype=getattr(torch, config.dtype),
-        device=config.device,
-        template=config.data.template,
-    )
 
 
 def _delivered(
@@ -183,7 +165,7 @@ def _delivered(
 ) -> tuple[Examples, list[Example], Any]:
     """(rendered examples, the training stream, tokenizer): all that needs the unquantized base, which is gone again."""
     with clock("load the base as delivered"):
-        model, tokenizer = _load(config, None)
+        model, tokenizer = load_base(config, None)
     if tokenizer is None:
         raise ConfigError(
             f"{config.model} has no tokenizer, so text cannot become tokens; add its tokenizer.json or tokenizer.model"
@@ -192,8 +174,12 @@ def _delivered(
     check_targets(
         model, config.adapter.settings, config.adapter.targets, config.adapter.exclude, config.adapter.train_also
     )
-    if not dry_run:
-        _begin(config, Path(str(config.output_dir)), clock)
+    if not dry_run:  # everything that can be refused has been looked at: from here on the run leaves files
+        folder = Path(str(config.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_json(folder / "versions.json", versions())
+        clock.keep(folder / "timing.jsonl")
     if not dry_run and config.eval.tasks and config.eval.delivered and config.quantize is not None:
         with clock("evaluate the base as delivered"):
             measured("delivered", model, tokenizer)
@@ -213,9 +199,7 @@ def _facts(
     config: RunConfig, material: Material, examples: Examples, stream: list[Any], model: nn.Module, steps: int
 ) -> dict[str, str]:
     tokens = sum(len(example.input_ids) for example in stream)
-    kinds: dict[str, int] = {}
-    for example in stream:
-        kinds[example.kind] = kinds.get(example.kind, 0) + 1
+    kinds = Counter(example.kind for example in stream)
     stored = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     cut = f", {examples.cut} cut at {config.data.max_length} tokens" if examples.cut else ""
     share = sum(len(e.input_ids) for e in stream if e.kind == "general") / tokens
@@ -248,11 +232,8 @@ def _finish(run: Run, material: Material, tokenizer: Any) -> None:
 
 def versions() -> dict[str, str]:
     """What a run was made with."""
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    found["threads"] = str(torch.get_num_threads())
     for name in ("lowrank-engine", "torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece"):
         try:
             found[name] = version(name)
@@ -282,12 +263,7 @@ class _Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.rows.append(
-            {
-                "phase": phase,
-                "seconds": round(time.perf_counter() - began, 2),
-                "peak_memory_mb": round(peak_memory_mb()),
-            }
-        )
+        seconds = round(time.perf_counter() - began, 2)
+        self.rows.append({"phase": phase, "seconds": seconds, "peak_memory_mb": round(peak_memory_mb())})
         if self.path is not None:
             write_jsonl(self.path, self.rows)

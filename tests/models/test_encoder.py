@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 import lowrank
 from lowrank.errors import ConfigError
 from lowrank.methods.lora import LoRAConfig
-from lowrank.models.encoder import mean_pooled
 from lowrank.models.families import config_from_json
 from lowrank.models.generate import generate_ids
 from lowrank.models.load import load
@@ -117,13 +116,6 @@ def test_lora_trains_an_encoder_with_and_without_checkpointing() -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients.append(torch.autograd.grad(model(ids).square().mean(), trained))
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and any(g.abs().max() > 0 for g in gradients[0])
-
-
-def test_mean_pooling_leaves_padding_out() -> None:
-    hidden = torch.randn(1, 4, 8)
-    alone = mean_pooled(hidden[:, :3], torch.ones(1, 3))
-    torch.testing.assert_close(mean_pooled(hidden, torch.tensor([[1, 1, 1, 0]])), alone)
-    assert alone.norm() == pytest.approx(1)
 
 
 def test_refusals() -> None:
