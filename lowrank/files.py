@@ -124,12 +124,12 @@ def write_tensors(
     write_bytes(path, save(ready, metadata))
 
 
-def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file. FileFormatError where it is damaged."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        with safe_open(str(path), framework="pt", device=device) as file:
+        with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except SafetensorError as error:
         raise FileFormatError(f"{path} is damaged or not a safetensors file: {error}") from error

@@ -6,7 +6,7 @@ A batch is a dictionary of tensors, padded on the right:
     kl_mask (B, T) bool and teacher (n, D): where and what the teacher's hidden states are, for rows held by KL
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,29 +65,17 @@ def split(batch: Batch, micro_batch_size: int | None) -> list[Batch]:
 class Loader:
     """Batches of `examples`, without end; each pass has its own order, fixed by (seed, pass)."""
 
-    def __init__(
-        self, examples: Sequence[Example], batch_size: int, pad_id: int, seed: int = 0, shuffle: bool = True
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], batch_size: int, pad_id: int, seed: int = 0) -> None:
         if not examples:
             raise ValueError("there is nothing to train on: the data set is empty")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.examples, self.batch_size, self.pad_id, self.seed, self.shuffle = (
-            examples,
-            batch_size,
-            pad_id,
-            seed,
-            shuffle,
-        )
+        self.examples, self.batch_size, self.pad_id, self.seed = examples, batch_size, pad_id, seed
         self.epoch = self.position = 0
 
     @property
     def batches_per_epoch(self) -> int:
         return -(-len(self.examples) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self.next()
 
     def next(self) -> Batch:
         order = self._order()
@@ -98,8 +86,6 @@ class Loader:
         return collate([self.examples[i] for i in chosen], self.pad_id)
 
     def _order(self) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self.examples)))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order: list[int] = torch.randperm(len(self.examples), generator=generator).tolist()
         whole = len(order) - len(order) % self.batch_size

@@ -104,7 +104,9 @@ class _Reader:
         line = f", line {at.line}" if isinstance(at, _Line) else ""
         return FileFormatError(f"{self.path}{line}: {message}")
 
-    def keys(self, value: Any, at: object, known: tuple[str, ...], what: str) -> dict[str, Any]:
+    def keys(
+        self, value: Any, at: object, known: tuple[str, ...], what: str, required: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.fail(at, f"{what} must be a mapping with {', '.join(known)}, got {value!r}")
         for key in value:
@@ -113,6 +115,9 @@ class _Reader:
                     key,
                     f"unknown field {str(key)!r} in {what}{did_you_mean(str(key), known)}; known: {', '.join(known)}",
                 )
+        for key in required:
+            if not value.get(key):
+                raise self.fail(at, f"{what}: missing field {key!r}")
         return value
 
     def form(self, value: Any, at: object, known: tuple[str, ...], what: str) -> str:
@@ -141,12 +146,9 @@ def read_templates(path: str | Path) -> Templates:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path} is not valid YAML: {error}") from error
-    content = read.keys(content, None, ("answers", "premises", "sources", "invented", "relations"), "the file")
-    if not content.get("relations"):
-        raise read.fail(None, "missing field 'relations'")
-    relations = {}
-    for name, body in content["relations"].items():
-        relations[str(name)] = _relation(read, name, body)
+    known = ("answers", "premises", "sources", "invented", "relations")
+    content = read.keys(content, None, known, "the file", required=("relations",))
+    relations = {str(name): _relation(read, name, body) for name, body in content["relations"].items()}
     ours = _bundled() if path.resolve() != BUNDLED.resolve() else None
     return Templates(
         relations,
@@ -164,16 +166,11 @@ def _bundled() -> Templates:
 
 def _relation(read: _Reader, name: Any, body: Any) -> Relation:
     what = f"relation {str(name)!r}"
-    body = read.keys(body, name, ("statement", "noun", "trap", "questions"), what)
-    for key in ("statement", "noun", "questions"):
-        if key not in body:
-            raise read.fail(name, f"{what}: missing field {key!r}")
+    needed = ("statement", "noun", "questions")
+    body = read.keys(body, name, (*needed, "trap"), what, needed)
     if body.get("trap", "value") not in TRAPS[:-1]:
         raise read.fail(body["trap"], f"{what}: trap must be one of {', '.join(TRAPS[:-1])}, got {body['trap']!r}")
-    questions = read.keys(body["questions"], name, SPLITS, f"questions of {what}")
-    for split in SPLITS:
-        if split not in questions:
-            raise read.fail(name, f"{what}: missing field {split!r} in questions")
+    questions = read.keys(body["questions"], name, SPLITS, f"questions of {what}", SPLITS)
     wordings = {
         split: read.forms(questions[split], name, _QUESTION, f"{split} questions of {what}") for split in SPLITS
     }
@@ -192,23 +189,17 @@ def _relation(read: _Reader, name: Any, body: Any) -> Relation:
 
 
 def _answers(read: _Reader, body: Any) -> dict[str, str]:
-    body = read.keys(body, None, tuple(_ANSWERS), "answers")
-    if missing := [key for key in _ANSWERS if key not in body]:
-        raise read.fail(None, f"answers: missing field {missing[0]!r}")
+    body = read.keys(body, None, tuple(_ANSWERS), "answers", tuple(_ANSWERS))
     return {key: read.form(body[key], None, known, f"answer {key!r}") for key, known in _ANSWERS.items()}
 
 
 def _premises(read: _Reader, body: Any) -> dict[str, dict[str, str]]:
-    body = read.keys(body, None, SPLITS, "premises")
-    if missing := [split for split in SPLITS if not body.get(split)]:
-        raise read.fail(None, f"premises: missing field {missing[0]!r}")
+    body = read.keys(body, None, SPLITS, "premises", SPLITS)
     return {s: {str(k): read.form(v, k, _FORM, f"premise {str(k)!r}") for k, v in body[s].items()} for s in SPLITS}
 
 
 def _sources(read: _Reader, body: Any) -> dict[str, tuple[str, ...]]:
-    body = read.keys(body, None, ("real", *SPLITS), "sources")
-    if missing := [key for key in ("real", *SPLITS) if not body.get(key)]:
-        raise read.fail(None, f"sources: missing field {missing[0]!r}")
+    body = read.keys(body, None, ("real", *SPLITS), "sources", ("real", *SPLITS))
     return {key: read.forms(value, None, (), f"sources {key!r}") for key, value in body.items()}
 
 

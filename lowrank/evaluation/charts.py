@@ -42,12 +42,12 @@ def smooth(points: Sequence[Point], weight: float) -> list[Point]:
     return out
 
 
-def overfits(validation: Sequence[Point], margin: float = 0.02) -> Point | None:
-    """The minimum of the validation loss where its last value lies more than `margin` above it, else None."""
+def overfits(validation: Sequence[Point]) -> Point | None:
+    """The minimum of the validation loss where its last value lies more than 2 % above it, else None."""
     if len(validation) < 2:
         return None
     best = min(validation, key=lambda point: point[1])
-    return best if validation[-1][1] > best[1] * (1 + margin) else None
+    return best if validation[-1][1] > best[1] * 1.02 else None
 
 
 def mark(kind: str, text: str = "", title: str = "", **attributes: object) -> str:
@@ -79,7 +79,6 @@ def curves(
     mark_from: Point | None = None,
     note: str = "",
     faint: Mapping[str, Line] | None = None,
-    width: int = 960,
     height: int = 300,
 ) -> str:
     """Lines over training steps. `lines` and `faint`: name -> (points, CSS colour). `mark_from` shades what lies behind
@@ -88,7 +87,7 @@ def curves(
     drawn = [p for points, _ in [*shown.values(), *(faint or {}).values()] for p in points if math.isfinite(p[1])]
     if len(drawn) < 2:
         return '<p class="muted">Too few steps were logged for a curve.</p>'
-    left, right, top, bottom = 52, width - 14, 14, height - 34
+    width, left, right, top, bottom = 960, 52, 946, 14, height - 34
     x0, x1 = min(x for x, _ in drawn), max(x for x, _ in drawn)
     y0, y1 = min(y for _, y in drawn), max(y for _, y in drawn)
     y0 = 0.0 if 0 < y0 < 0.6 * y1 else y0
@@ -132,9 +131,9 @@ def _dot(colour: str) -> str:
     return f"fill:{colour};stroke:var(--surface)"
 
 
-def strip(figures: Sequence[tuple[str, float, Sequence[float] | None, str]], width: int = 220) -> str:
+def strip(figures: Sequence[tuple[str, float, Sequence[float] | None, str]]) -> str:
     """Shares with their intervals on one line from 0 to 100 %: (name, share, interval, CSS colour)."""
-    height = 12 * len(figures) + 6
+    width, height = 220, 12 * len(figures) + 6
 
     def at(share: float) -> float:
         return 6.0 + share * (width - 12)
@@ -174,11 +173,11 @@ def stacked(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str])
     return picture(parts, "shares of the answer classes", width, len(rows) * (bar + gap)) + legend(colours)
 
 
-def radar(axes: Sequence[str], series: Mapping[str, tuple[Sequence[float], str]], size: int = 380) -> str:
+def radar(axes: Sequence[str], series: Mapping[str, tuple[Sequence[float], str]]) -> str:
     """One polygon a model over at least three areas, 0 in the middle and 100 % at the rim."""
     if len(axes) < 3:
         return '<p class="muted">A radar needs at least three areas; the table has the figures.</p>'
-    middle, radius, margin = size / 2, size / 2 - 44, 70
+    size, middle, radius, margin = 380, 190.0, 146.0, 70
 
     def at(i: int, share: float) -> Point:
         angle = 2 * math.pi * i / len(axes) - math.pi / 2

@@ -6,7 +6,7 @@ anything before it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,55 +17,35 @@ from torch import Tensor, nn
 from lowrank.evaluation.stats import Interval, bootstrap
 
 BLOCK = 128  # positions whose logits exist at a time: 128 x 49,152 fp32 values are 25 MB
+Blocks = Sequence[tuple[float, int]]
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    value: float
-    tokens: int
-    """Tokens scored: those of the text without the first."""
-    blocks: tuple[tuple[float, int], ...]
+    blocks: Blocks
     """(summed negative log-likelihood, tokens) of each stretch of at most BLOCK tokens."""
 
     @property
-    def nll(self) -> float:
-        """Mean negative log-likelihood of a token, in nats."""
-        return sum(nll for nll, _ in self.blocks) / self.tokens
+    def value(self) -> float:
+        return _value(self.blocks)
 
-    def interval(self, confidence: float = 0.95, seed: int = 0) -> Interval | None:
-        """A bootstrap interval over the blocks."""
-        indices = [float(i) for i in range(len(self.blocks))]
+    @property
+    def tokens(self) -> int:
+        """Tokens scored: those of the text without the first."""
+        return sum(n for _, n in self.blocks)
 
-        def value(draw: Any) -> float:
-            chosen = [self.blocks[int(i)] for i in draw]
-            return math.exp(sum(nll for nll, _ in chosen) / sum(n for _, n in chosen))
-
-        return bootstrap(indices, value, confidence, resamples=1000, seed=seed)
+    def interval(self) -> Interval | None:
+        """A 95 % bootstrap interval over the blocks."""
+        return bootstrap(self.blocks, _value, resamples=1000)
 
 
-@torch.no_grad()
-def perplexity(
-    model: nn.Module,
-    tokenizer: Any,
-    text: str,
-    window: int = 1024,
-    context: int = 128,
-    max_tokens: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> Perplexity:
-    """Perplexity of `text` under the model, adapters as they are. `on_progress` gets the number of tokens scored."""
-    ids = tokenizer.encode(text, add_special=True)[:max_tokens]
-    return perplexity_of_ids(model, ids, window, context, on_progress)
+def _value(blocks: Blocks) -> float:
+    return math.exp(sum(nll for nll, _ in blocks) / sum(n for _, n in blocks))
 
 
 @torch.no_grad()
-def perplexity_of_ids(
-    model: nn.Module,
-    ids: list[int],
-    window: int = 1024,
-    context: int = 128,
-    on_progress: Callable[[int], None] | None = None,
-) -> Perplexity:
+def perplexity(model: nn.Module, ids: list[int], window: int = 1024, context: int = 128) -> Perplexity:
+    """Perplexity of a text's tokens under the model, adapters as they are."""
     if not 1 <= context < window:
         raise ValueError(f"wanted a context of 1 to window - 1 tokens, got context {context} and window {window}")
     if len(ids) < 2:
@@ -79,15 +59,11 @@ def perplexity_of_ids(
         while done < len(ids):
             begin = max(0, done - context)
             end = min(len(ids), begin + window)
-            tokens = torch.tensor(ids[begin:end], device=device)
-            blocks += _nll(model, tokens, done - begin)
+            blocks += _nll(model, torch.tensor(ids[begin:end], device=device), done - begin)
             done = end
-            if on_progress is not None:
-                on_progress(done - 1)
     finally:
         model.train(training)
-    scored = sum(n for _, n in blocks)
-    return Perplexity(math.exp(sum(nll for nll, _ in blocks) / scored), scored, tuple(blocks))
+    return Perplexity(tuple(blocks))
 
 
 def _nll(model: Any, ids: Tensor, first: int) -> list[tuple[float, int]]:

@@ -42,7 +42,7 @@ def report_of(source: str, formats: Sequence[str], block_size: int = 64, text: s
                 rounded = QuantizedTensor.quantize(weight, format, block_size).dequantize(torch.bfloat16)
                 turned = isinstance(held.get_submodule(name.removesuffix(".weight")), Conv1D)
                 held.get_parameter(name).data.copy_(rounded.T if turned else rounded)
-        return perplexity(held, tokenizer, words).value
+        return perplexity(held, tokenizer.encode(words, add_special=True)).value
 
     with counting("weights", len(weights)) as count:
 

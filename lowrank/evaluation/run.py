@@ -51,7 +51,7 @@ def measure(
             rows = verdicts_of(parts, answers, knowledge)
             result = summary(rows)
         if "ppl" in config.tasks and prose:
-            found = perplexity(model, tokenizer, prose)
+            found = perplexity(model, tokenizer.encode(prose, add_special=True))
             result["perplexity"] = found.value
             result["n"]["perplexity"] = found.tokens
             interval = found.interval()

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from statistics import NormalDist, fmean
+from typing import Any
 
 Interval = tuple[float, float]
 
@@ -26,8 +27,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval | None:
 
 
 def bootstrap(
-    values: Sequence[float],
-    statistic: Callable[[Sequence[float]], float] = fmean,
+    values: Sequence[Any],
+    statistic: Callable[[Any], float] = fmean,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,

@@ -16,7 +16,6 @@ from lowrank.kernels.dispatch import FLOATS, store, tl, triton, use_triton
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-
 # The 16 values as fp32 (`lowrank.quant.codebooks.normal_codebook(4)` derives them from the normal quantiles).
 NF4 = (
     -1.0,
@@ -119,26 +118,15 @@ def block_scale(scale_ptr, nested_ptr, offset_ptr, levels_ptr, block, mask, NEST
 
 @triton.jit
 def _dequantize(
-    words_ptr,
-    scale_ptr,
-    nested_ptr,
-    offset_ptr,
-    levels_ptr,
-    code_ptr,
-    w_ptr,
-    n,
-    G: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    NESTED: tl.constexpr,
-):
+    words_ptr, scale_ptr, nested_ptr, offset_ptr, levels_ptr, code_ptr, w_ptr, n,
+    G: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = (block * (G // 8))[:, None] + tl.arange(0, G // 8)[None, :]  # a word of 8 codes: (BLOCKS, G/8)
     e = tl.arange(0, 8)
     j = i[:, :, None] * 8 + e[None, None, :]
     words = tl.load(words_ptr + i, mask=i * 8 < n, other=0)
-    codes = (
-        words[:, :, None] >> ((e * 4) ^ 4)[None, None, :]
-    ) & 15  # bytes from the low end, each its high nibble first
+    codes = (words[:, :, None] >> ((e * 4) ^ 4)[None, None, :]) & 15  # bytes from the low end, high nibble first
     table = tl.load(code_ptr + tl.arange(0, 16))
     w = tl.gather(table, codes.reshape(BLOCKS * G), 0).reshape(BLOCKS, G // 8, 8)
     scale = block_scale(scale_ptr, nested_ptr, offset_ptr, levels_ptr, block, block * G < n, NESTED)
@@ -192,7 +180,6 @@ def scale_arguments(scales: Scales) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def dequantize_into(w: Tensor, packed: Tensor, scales: Scales, block_size: int, code: Tensor | None = None) -> Tensor:
     """Fill the contiguous `w` on a GPU with round(c_code · A); `code`: another table of 16 values.  -> w"""
     numel = w.numel()
-    check_block_size(block_size)
     if not w.is_contiguous() or w.dtype not in FLOATS:
         raise ValueError(f"w must be contiguous and one of {FLOATS}, got strides {w.stride()} of {w.dtype}")
     check_packed(packed, scales, numel, block_size, w.device)
@@ -209,6 +196,7 @@ def dequantize_into(w: Tensor, packed: Tensor, scales: Scales, block_size: int, 
 
 def check_packed(packed: Tensor, scales: Scales, numel: int, block_size: int, device: torch.device) -> None:
     """ValueError, by name, unless codes and scales are those of `numel` weights on `device`."""
+    check_block_size(block_size)
     blocks = -(-numel // block_size)
     parts = {"packed": (packed, torch.uint8, -(-numel // 2)), "absmax": (scales[0], torch.float32, blocks)}
     if len(scales) == 4:
@@ -239,10 +227,3 @@ def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
             w, constants(w.device)[1], packed, absmax, w.numel(), block_size, blocks, enable_fp_fusion=False
         )
     return packed, absmax
-
-
-def nf4_dequantize(packed: Tensor, absmax: Tensor, numel: int, dtype: torch.dtype, block_size: int = 64) -> Tensor:
-    """round(c_code · A) of `numel` weights.  (⌈n/2⌉,), (N,) -> (n,)"""
-    if not use_triton(packed, absmax):
-        return nf4_dequantize_ref(packed, absmax, numel, dtype, block_size)
-    return dequantize_into(torch.empty(numel, dtype=dtype, device=packed.device), packed, (absmax,), block_size)

@@ -28,7 +28,6 @@ from lowrank.kernels.nf4_codec import (
     Scales,
     as_words,
     block_scale,
-    check_block_size,
     check_packed,
     constants,
     decode_ref,
@@ -288,14 +287,14 @@ def _measured(name: str) -> dict[str, int] | None:
     return {way: found[way] for way in ("gemv", "tile")}
 
 
-def describe(in_features: int, dtype: torch.dtype, device: torch.device, block_size: int = 64) -> str:
+def describe(in_features: int, dtype: torch.dtype, device: torch.device) -> str:
     """For `lowrank doctor`: the way for each M, and where that comes from."""
     if device.type != "cuda":
         return "decoded a few megabytes at a time, then torch's product (no GPU)"
     changes = sorted({1, 9} | {largest + 1 for largest in limits(device).values()})
-    ways = [(M, way(M, in_features, block_size, dtype, device)) for M in changes]
+    ways = [(M, way(M, in_features, 64, dtype, device)) for M in changes]
     parts = [f"M >= {M} {taken}" for i, (M, taken) in enumerate(ways) if i == 0 or taken != ways[i - 1][1]]
-    if in_features % min(block_size, 64):
+    if in_features % 64:
         return f"{parts[0]}: rows of {in_features} do not start with a block"
     known = _measured(torch.cuda.get_device_name(device))
     return ", ".join(parts) + (" (measured here)" if known else " (not measured here: python -m bench.bench_kernels)")
@@ -370,7 +369,6 @@ def nf4_linear(
     if not x.is_floating_point() or not x.dim():
         raise ValueError(f"x must be (..., I) of a float dtype, got {tuple(x.shape)} of {x.dtype}")
     gpu = launches("nf4_linear", x=x, packed=packed, absmax=absmax, bias=bias)
-    check_block_size(block_size)
     check_packed(packed, scales, out_features * x.shape[-1], block_size, x.device)
     if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be ({out_features},) of {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}")
@@ -390,6 +388,5 @@ def nf4_linear_dx(
     """dx = dy W, for a function that has a backward of its own.  (..., O) -> (..., I)"""
     scales, shape = (absmax,) if nested is None else (absmax, *nested), (dy.shape[-1], in_features)
     gpu = launches("nf4_linear_dx", dy=dy, packed=packed, absmax=absmax)
-    check_block_size(block_size)
     check_packed(packed, scales, shape[0] * shape[1], block_size, dy.device)
     return dy @ _weight(packed, scales, shape, dy.dtype, block_size, gpu)
