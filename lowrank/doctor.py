@@ -11,6 +11,7 @@ import torch
 from lowrank.adapter import METHODS
 from lowrank.files import cache_folder
 from lowrank.kernels import dispatch, nf4_linear
+from lowrank.models import one_row
 from lowrank.models.checkpoint import open_checkpoint
 from lowrank.models.fetch import quickstart
 from lowrank.models.load import quantizable, skeleton
@@ -31,6 +32,7 @@ def report(model: str | None = None) -> str:
     rows.append(("GPU", _gpus()))
     rows.append(("kernels", _kernels()))
     rows += packed.describe().items()
+    rows.append(("generation", one_row.describe()))
     fused = sorted(name for name, method in METHODS.items() if method.may("fused"))
     rows.append(("adapters", f"fused path: {', '.join(fused)}; the other {len(METHODS) - len(fused)} by their forward"))
     rows.append(

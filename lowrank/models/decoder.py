@@ -76,12 +76,12 @@ class Conv1D(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for `capacity` tokens.  L x 2 x (B, Hkv, S, K)"""
+    """Keys and values of every layer, allocated once for `capacity` tokens.  L x 2 x (B, S, Hkv, K)"""
 
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (batch, config.n_kv_heads, capacity, config.head_dim)
+        shape = (batch, capacity, config.n_kv_heads, config.head_dim)
         self.layers = [[torch.empty(shape, dtype=dtype, device=device) for _ in "kv"] for _ in range(config.n_layers)]
         self.stored = self.virtual = 0  # tokens, and how many of them are virtual (prompt tuning)
 
@@ -94,10 +94,10 @@ class KVCache:
         """Store k and v (B, Hkv, T, K) behind what is there; `stored` moves on when the whole forward is done."""
         held, end = self.layers[layer], self.stored + new[0].shape[2]
         for i, kv in enumerate(new):
-            if end > held[i].shape[2]:  # virtual tokens that the caller did not count
-                held[i] = F.pad(held[i], (0, 0, 0, end))
-            held[i][:, :, self.stored : end] = kv
-        return held[0][:, :, :end], held[1][:, :, :end]
+            if end > held[i].shape[1]:  # virtual tokens that the caller did not count
+                held[i] = F.pad(held[i], (0, 0, 0, 0, 0, end))
+            held[i][:, self.stored : end] = kv.transpose(1, 2)
+        return held[0][:, :end].transpose(1, 2), held[1][:, :end].transpose(1, 2)
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row of the batch but these."""
@@ -496,7 +496,7 @@ class Decoder(nn.Module):
         c, seen = self.config, 0 if cache is None else cache.stored
         tokens = x.shape[1] if packing is None else packing.width
         # the longest row decides between the short and the long form of a stretched rope
-        length = seen + tokens if not _depends_on_length(c) else int(positions.max()) + 1
+        length = seen + tokens if not depends_on_length(c) else int(positions.max()) + 1
         rotations = {
             local: rotation(rope, positions, length)
             for local, rope in ((False, c.rope), (True, c.rope_local))
@@ -513,7 +513,7 @@ class Decoder(nn.Module):
         return not any(isinstance(m, AdaptedLinear) and m.needs_rows() for m in self.modules())
 
 
-def _depends_on_length(config: ModelConfig) -> bool:
+def depends_on_length(config: ModelConfig) -> bool:
     return config.rope is not None and config.rope.kind in ("dynamic", "longrope")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.adapter import carried
 from lowrank.models.decoder import KVCache, positions_from_mask, rounded_up
+from lowrank.models.one_row import one_row
 from lowrank.models.tokenizer import Tokenizer
 from lowrank.quant.linear import decoded
 
@@ -119,15 +120,16 @@ def generate_ids(
     training = model.training
     model.eval()
     try:
-        with decoded(model):
+        with decoded(model), one_row(model, len(answers), width + max_new_tokens) as steps:
             hidden = model.hidden(ids, mask[:, :width], positions, cache)[:, -1]  # type: ignore[operator]
             if samples > 1:
                 each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
                 cache.keep(each)
                 hidden, positions, mask = hidden[each], positions[each], mask[each]
             sample.read([prompt for prompt in prompts for _ in range(samples)])
+            logits = model.head(hidden)  # type: ignore[operator]
             for step in range(max_new_tokens):
-                chosen = sample(model.head(hidden), rows)  # type: ignore[operator]
+                chosen = sample(logits, rows)
                 for row, id in zip(rows, chosen):
                     done[row] = done[row] or id in ends
                     if not done[row]:
@@ -139,6 +141,9 @@ def generate_ids(
                     on_progress(sum(done) if step + 1 < max_new_tokens else len(answers))
                 if all(done) or step + 1 == max_new_tokens:
                     break
+                if steps is not None:
+                    logits = steps(cache, chosen[0])
+                    continue
                 positions = positions[:, -1:] + 1
                 alive = [i for i, row in enumerate(rows) if not done[row]]
                 if rounded_up(len(alive), 8) < len(rows) and carried(model).selection.now.rows is None:
@@ -153,6 +158,7 @@ def generate_ids(
                     )
                 last = torch.tensor(chosen, device=device)[:, None]
                 hidden = model.hidden(last, mask[:, : cache.length + 1], positions, cache)[:, -1]  # type: ignore[operator]
+                logits = model.head(hidden)  # type: ignore[operator]
     finally:
         model.train(training)
     return answers

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ class Source:
     function: Callable[..., None]
     example: Callable[[], list[Tensor]]
     """A small case, which it is compiled with and tried on."""
-    dynamic: list[dict[int, str] | None]
-    """For each tensor the names of its free sizes, "name:min" (one name, one size)."""
+    dynamic: list[dict[int, str] | None] | None
+    """For each tensor the names of its free sizes, "name:min" (one name, one size). None: every size is free."""
     settings: dict[str, object] = field(default_factory=dict)
     """Inductor's."""
     alike: Callable[[Tensor, Tensor], bool] = torch.equal
@@ -138,10 +139,13 @@ def build() -> float:
     start = time.perf_counter()
     folder().mkdir(parents=True, exist_ok=True)
     for name, source in SOURCES.items():
-        given = {at for free in source.dynamic if free for at in free.values()}
-        dims = {at: torch.export.Dim(at.split(":")[0], min=int(at.split(":")[1])) for at in given}
-        free = [None if free is None else {i: dims[at] for i, at in free.items()} for free in source.dynamic]
-        program = torch.export.export(_Loop(source.function), (source.example(),), dynamic_shapes=(free,))
+        example = source.example()
+        given = {at for sizes in source.dynamic or () if sizes for at in sizes.values()}
+        dims: dict[str, Any] = {at: torch.export.Dim(at.split(":")[0], min=int(at.split(":")[1])) for at in given}
+        dims[""] = torch.export.Dim.AUTO
+        named = source.dynamic or [dict.fromkeys(range(t.dim()), "") for t in example]
+        free = [sizes and {i: dims[at] for i, at in sizes.items()} for sizes in named]
+        program = torch.export.export(_Loop(source.function), (example,), dynamic_shapes=(free,))
         with tempfile.TemporaryDirectory(dir=folder()) as temporary:
             settings = {"cpp.dynamic_threads": True, **source.settings}  # as many threads as torch has when it runs
             to = f"{temporary}/{name}.pt2"

@@ -91,13 +91,19 @@ class _Kept:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self.left = budget_bytes
+        self.budget = self.left = budget_bytes
+        self.plain = False  # dense weights keep their order, for compiled loops that read them (models/one_row.py)
         self.forms: dict[Any, tuple[Any, ...]] = {}  # layers and dtype -> (product or None, its sources, the layers)
 
     def product(self, layers: tuple[nn.Module, ...], x: Tensor) -> Tensor | None:
         """x [Q₁ᵀ Q₂ᵀ ...] + b, the outputs side by side; None where the layers have to work as they are."""
-        few = x.numel() < PACKED_ROWS * x.shape[-1] and layers[0].__dict__.get("_layout", " ")[0].startswith("int4")
-        key = (*map(id, layers), x.dtype, few)
+        form = self.form(layers, x)
+        return None if form is None else form(x)
+
+    def form(self, layers: tuple[nn.Module, ...], x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        int4 = layers[0].__dict__.get("_layout", " ")[0].startswith("int4")
+        few = int4 and x.numel() < PACKED_ROWS * x.shape[-1] and not self.plain
+        key = (*map(id, layers), x.dtype, few, self.plain)
         form, sources, _ = found = self.forms.get(key, (None, None, None))
         if sources is None or any(at[name] is not p or p._version != v for at, name, p, v in sources):
             sources = [
@@ -108,7 +114,7 @@ class _Kept:
             ]
             form = self._form(layers, x, few, paid=found[0] is not None)
             self.forms[key] = form, sources, layers  # which live as long, so that no other layer gets the same id
-        return None if form is None else form(x)
+        return form
 
     def _form(self, layers: tuple[Any, ...], x: Tensor, few: bool, paid: bool) -> Callable[[Tensor], Tensor] | None:
         qs = [layer.quantized for layer in layers if isinstance(layer, QuantizedLinear)]
@@ -119,7 +125,8 @@ class _Kept:
         if any(q.format == "nf4" and use_triton(x, q.codes) for q in qs):  # reading 4 bits is faster than a dense copy
             return None
         packed = few and len({(q.format, q.block_size) for q in qs}) == 1 and all(packable(q, x) for q in qs)
-        ordered = not packed and x.dtype == torch.bfloat16 and x.device.type == "cpu" and ordered_product_works()
+        bf16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        ordered = bf16 and not (packed or self.plain) and ordered_product_works()
         numel = sum(layer.out_features * layer.in_features for layer in layers)
         size = numel // 2 + 4 * sum(q.scales.numel() for q in qs) if packed else numel * x.dtype.itemsize
         if not (qs or (ordered and layers[0].weight.dtype == x.dtype)) or (not paid and size > self.left):
@@ -158,7 +165,14 @@ def decoded(model: nn.Module, budget_bytes: int = 2**30) -> Iterator[None]:
     finally:
         for layer in changed:
             del layer._kept
-            layer.__dict__.pop("forward", None)
+            if "forward" in layer.__dict__ and not own_forward(layer):
+                del layer.forward
+
+
+def own_forward(layer: nn.Module) -> bool:
+    """Whether somebody replaced this one object's forward (`decoded` aside)."""
+    forward = layer.__dict__.get("forward")
+    return forward is not None and getattr(forward, "func", None) is not _kept_forward
 
 
 def _kept_forward(layer: nn.Linear, x: Tensor) -> Tensor:
