@@ -6,11 +6,12 @@ that `lowrank --help` is quick. An error of the user's making is one message and
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, at_least
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,20 +42,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog=f"example: {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def add(name: str, run: Any, help: str, *examples: str) -> argparse.ArgumentParser:
+        epilog, raw = "example: " + "\n         ".join(examples), argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=raw)
         command.set_defaults(run=run)
         return command
 
     command = add(
         "train", _train, "Train an adapter and measure it.",
-        "lowrank train quickstart train.lr=1e-3 output_dir=runs/mine\n         lowrank train my.yaml --resume",
+        "lowrank train quickstart train.lr=1e-3 output_dir=runs/mine", "lowrank train my.yaml --resume",
     )  # fmt: skip
     command.add_argument("config", nargs="?", help="a YAML file or a bundled recipe (default: quickstart)")
     command.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
@@ -62,25 +58,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run's folder")
 
     command = add(
-        "eval",
-        _eval,
-        "Evaluate a run on every held-out question.",
+        "eval", _eval, "Evaluate a run on every held-out question.",
         "lowrank eval runs/quickstart-001 --tasks truth,ppl",
-    )
+    )  # fmt: skip
     command.add_argument("run_folder", metavar="RUN", help="a run's folder")
     command.add_argument("--tasks", default="truth,ppl", help="comma-separated: truth, ppl (default: both)")
     command.add_argument("--against", default="base", help="base (default), or another run's folder")
-    command.add_argument(
-        "--items", default="all", choices=("all", "subset"), help="all questions or the stratified subset"
-    )
+    command.add_argument("--items", default="all", choices=("all", "subset"), help="all, or the stratified subset")
     command.add_argument("--split", choices=("test", "validation"), help="held-out part (default: the run's, test)")
 
     command = add("chat", _chat, "Talk to a run's model.", "lowrank chat runs/quickstart-001")
     command.add_argument("run_folder", metavar="RUN", help="a run's folder, or a model")
-    command.add_argument(
-        "--adapter",
-        help="adapters that act together, comma-separated: names, folders, other runs; `none` is the base model",
-    )
+    acting = "adapters that act together, comma-separated: names, folders, other runs; `none` is the base model"
+    command.add_argument("--adapter", help=acting)
     command.add_argument("--system", help="a system prompt; this and what follows: as in training, unless given")
     command.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
     command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens; 0: from all")
@@ -93,17 +83,15 @@ def parser() -> argparse.ArgumentParser:
     command = add("init", _init, "Print a recipe, to be changed and trained.", "lowrank init quickstart > my.yaml")
     command.add_argument("recipe", nargs="?", default="quickstart")
 
-    data = add(
-        "data",
-        _data,
-        "Check or show a file of records.",
-        "lowrank data check my.jsonl\n         lowrank data show my.jsonl --count 3",
-    )
-    data.add_argument("action", choices=("check", "show"))
-    data.add_argument("file", metavar="FILE")
-    data.add_argument("--model", default="quickstart", help="whose tokenizer and template `show` renders with")
-    data.add_argument("--template", help="chat template: a built-in name or text (default: the model's own)")
-    data.add_argument("--count", type=int, default=3)
+    command = add(
+        "data", _data, "Check or show a file of records.",
+        "lowrank data check my.jsonl", "lowrank data show my.jsonl --count 3",
+    )  # fmt: skip
+    command.add_argument("action", choices=("check", "show"))
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--model", default="quickstart", help="whose tokenizer and template `show` renders with")
+    command.add_argument("--template", help="chat template: a built-in name or text (default: the model's own)")
+    command.add_argument("--count", type=int, default=3)
 
     command = add(
         "merge", _merge, "Merge a run's adapter into the model and write the model; show what survives.",
@@ -130,17 +118,15 @@ def parser() -> argparse.ArgumentParser:
 
     command = add(
         "adapters", _adapters, "List the adapter methods, or prove one.",
-        "lowrank adapters list\n         lowrank adapters test ./mine.py:MyMethod",
+        "lowrank adapters list", "lowrank adapters test ./mine.py:MyMethod",
     )  # fmt: skip
     command.add_argument("action", choices=("list", "test"))
     command.add_argument("method", nargs="?", help="for test: a registered name, or FILE.py:Class")
 
     command = add(
-        "quant",
-        _quant,
-        "Measure what quantization does to a model.",
+        "quant", _quant, "Measure what quantization does to a model.",
         "lowrank quant report quickstart --format nf4-dq,int8",
-    )
+    )  # fmt: skip
     command.add_argument("action", choices=("report",))
     command.add_argument("model", metavar="MODEL", help='"quickstart", a folder, or a GGUF file')
     command.add_argument("--format", default="nf4-dq,nf4,fp4,int4,int4-affine,int8", help="comma-separated formats")
@@ -160,12 +146,10 @@ def parser() -> argparse.ArgumentParser:
 
     command = add(
         "plan", _plan, "Say how much memory a model takes to train and to run; no weight is read.",
-        "lowrank plan chatglm3-6b --memory 24GB --targets query_key_value\n"
-        "         lowrank plan my-model/ --memory 80GB --length 4096 --samples 60000",
+        "lowrank plan chatglm3-6b --memory 24GB --targets query_key_value",
+        "lowrank plan my-model/ --memory 80GB --length 4096 --samples 60000",
     )  # fmt: skip
-    command.add_argument(
-        "model", metavar="MODEL", help="a built-in name such as qwen-72b, a folder, config.json or GGUF"
-    )
+    command.add_argument("model", metavar="MODEL", help="a built-in name (qwen-72b), a folder, config.json or GGUF")
     command.add_argument("--memory", default="24GB", help="of each device (default: 24GB)")
     command.add_argument("--batch", type=int, default=1, help="examples at a time on each device (default: 1)")
     command.add_argument("--length", type=int, help="tokens of an example (default: 1024, or all that the model takes)")
@@ -224,10 +208,8 @@ def _data(args: argparse.Namespace) -> int:
     from lowrank.data.records import read_records
 
     records = read_records(args.file)
-    kinds: dict[str, int] = {}
-    for record in records:
-        kinds[record.kind] = kinds.get(record.kind, 0) + 1
     if args.action == "check":
+        kinds = Counter(record.kind for record in records)
         print(f"{args.file}: {len(records)} records ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})")
         return 0
     from lowrank.data.render import Renderer
@@ -348,10 +330,8 @@ def _domain(args: argparse.Namespace) -> int:
     for split, counts in questions.counts().items():
         print(f"{split}: {', '.join(f'{n} {part}' for part, n in counts.items())}")
     print(f"wrote {args.to}, to be looked at. Train on the knowledge base itself, its evaluation included:")
-    print(
-        f"  lowrank train quickstart data.path={args.knowledge} data.templates={args.templates or 'labtests'}"
-        " data.subjects=null"
-    )
+    wordings = args.templates or "labtests"
+    print(f"  lowrank train quickstart data.path={args.knowledge} data.templates={wordings} data.subjects=null")
     return 0
 
 
@@ -361,9 +341,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     if args.length is None:
         args.length = min(1024, read_model(args.model).max_positions)
-    for name in ("batch", "length", "devices", "rank", "samples", "domains"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    at_least(args, 1, "batch", "length", "devices", "rank", "samples", "domains", group="--")
     targets = tuple(args.targets.split(",")) if args.targets else None
     load = Load(args.batch, args.length, args.devices, args.rank, targets, args.cpu)
     console.print(screen(args.model, parse_size(args.memory), load,

@@ -31,18 +31,18 @@ def report_of(source: str, formats: Sequence[str], block_size: int = 64, text: s
     model, tokenizer = load(source, dtype=torch.float32)
     if words is not None and tokenizer is None:
         raise ConfigError(f"{source} has no tokenizer, so no perplexity can be taken; leave --text out")
+    ids = tokenizer.encode(words, add_special=True) if tokenizer is not None and words is not None else []
     weights = list(linear_weights(model))
     done = 0
 
     def of_format(format: str | None) -> float:
-        assert words is not None
         held, _ = load(source, dtype=torch.bfloat16, progress=False)
         if format is not None:
             for name, weight in weights:  # from fp32, as `load` does
                 rounded = QuantizedTensor.quantize(weight, format, block_size).dequantize(torch.bfloat16)
                 turned = isinstance(held.get_submodule(name.removesuffix(".weight")), Conv1D)
                 held.get_parameter(name).data.copy_(rounded.T if turned else rounded)
-        return perplexity(held, tokenizer.encode(words, add_special=True)).value
+        return perplexity(held, ids).value
 
     with counting("weights", len(weights)) as count:
 
