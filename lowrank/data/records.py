@@ -41,6 +41,11 @@ class Record:
         turns.append({"role": "user", "content": question})
         return [*turns, {"role": "assistant", "content": self.output}] if self.output else turns
 
+    @property
+    def question(self) -> str:
+        """What the user said last."""
+        return next((turn["content"] for turn in reversed(self.conversation()) if turn["role"] == "user"), "")
+
     def to_json(self) -> dict[str, Any]:
         """Only the fields that say something."""
         return {name: value for name, value in asdict(self).items() if value not in ("", (), [])}

@@ -140,9 +140,11 @@ class _Reading:
         self.subject = judge.names.get(subject, subject)
         self.relation = str(about.get("relation", ""))
         self.exists = bool(target)
-        question = next((m["content"] for m in reversed(record.conversation()) if m["role"] == "user"), "")
-        self.original = answer.replace(question, " ") if question else answer
-        self.question = normalise(question)
+        value, unit = str(target.get("value", "")), str(target.get("unit", ""))
+        self.known = known_quantity(value, unit) if target else None  # None where a phrase is asked for
+        self.false = known_quantity(str(target.get("false_value", "")), str(target.get("false_unit", "")) or unit)
+        self.original = answer.replace(record.question, " ") if record.question else answer
+        self.question = normalise(record.question)
         text = normalise(answer)
         if len(self.question.split()) > 3:  # rule 8: the question repeated says nothing
             text = text.replace(self.question, " ")
@@ -179,7 +181,7 @@ class _Reading:
             value, false = str(self.target["value"]), str(self.target.get("false_value", ""))
             if false and known_quantity(false, "") is None:
                 vocabulary[false] = "premise"
-            if known_quantity(value, str(self.target.get("unit", ""))) is None:
+            if self.known is None:
                 vocabulary |= dict.fromkeys([value, *re.split(r"\s+or\s+", value)], "true")
         own = [name for name, subject in self.judge.names.items() if subject == self.subject] or [self.subject]
         vocabulary = {  # rule 3: "high ammonia" is no value where ammonia is asked about
@@ -199,47 +201,29 @@ class _Reading:
 
     def find_quantities(self) -> list[Mention]:
         found = [q for q in self.quantities if all(q.end <= m.start or q.start >= m.end for m in self.mentions)]
-        value, unit = str(self.target.get("value", "")), str(self.target.get("unit", ""))
-        known = known_quantity(value, unit) if self.exists else None
-        false_unit = str(self.target.get("false_unit", "")) or unit
-        false = known_quantity(str(self.target.get("false_value", "")), false_unit)
-        siblings = [
-            quantity
-            for (subject, relation), quantity in self.judge.quantities.items()
-            if subject == self.subject and relation != self.relation
-        ]
-        kinds = [self.kind_of(q, known, false, siblings, found) for q in found]
-        mentions = [Mention(q.start, q.end, kind, self.text[q.start : q.end]) for q, kind in zip(found, kinds)]
-        if false and known and false.unit and normalise(false.unit) != normalise(known.unit):
-            for match in _compiled(false.unit).finditer(self.text):  # "not g/L" denies the premise's unit
+        mentions = [Mention(q.start, q.end, self.kind_of(q, found), self.text[q.start : q.end]) for q in found]
+        unit = self.false.unit if self.false else ""
+        if self.known and unit and normalise(unit) != normalise(self.known.unit):
+            for match in _compiled(unit).finditer(self.text):  # "not g/L" denies the premise's unit
                 if _clear(match, mentions):
-                    mentions.append(Mention(match.start(), match.end(), "premise", false.unit))
+                    mentions.append(Mention(match.start(), match.end(), "premise", unit))
         return mentions
 
-    def kind_of(
-        self,
-        q: Quantity,
-        known: Quantity | None,
-        false: Quantity | None,
-        siblings: list[Quantity],
-        found: list[Quantity],
-    ) -> str:
-        units = self.judge.units
+    def kind_of(self, q: Quantity, found: list[Quantity]) -> str:
+        known, units, all_known = self.known, self.judge.units, self.judge.quantities
         if not self.exists:
             return "other" if q.unit or not q.lone else "aside"
+        siblings = [s for (name, r), s in all_known.items() if name == self.subject and r != self.relation]
         beside = [s for s in siblings if compare(q, s, units) == "equal" and (q.unit or not s.unit)]
-        if (
-            known is None
-        ):  # a phrase is asked for; rule 12: an interval in the unit of another fact has to be that fact's
+        if known is None:  # rule 12: an interval in the unit of another fact has to be that fact's
             wrong = not q.lone and not beside and any(_same_dimension(q, s, units) for s in siblings)
             return "other" if wrong else "aside"
         relation = compare(q, known, units)
         if relation == "equal":
             return "true"
         if beside:  # the same interval in SI units answers as well
-            sibling = self.judge.quantities.get((self.subject, f"{self.relation}_si"))
-            return "true" if sibling in beside else "aside"
-        if false and compare(q, false, units) == "equal":
+            return "true" if all_known.get((self.subject, f"{self.relation}_si")) in beside else "aside"
+        if self.false and compare(q, self.false, units) == "equal":
             return "premise unit" if relation == "unit" else "premise"
         if relation == "inside":
             return "aside"
@@ -326,7 +310,7 @@ class _Reading:
 
     def verdict(self) -> Verdict:
         kind, trap = self.record.kind, self.record.kind == "trap"
-        phrase = self.exists and known_quantity(str(self.target["value"]), str(self.target.get("unit", ""))) is None
+        phrase = self.exists and self.known is None
         stated = {m.kind for m in self.mentions if self.polarity(m.start, m.end) == "asserted"}
         claims: list[tuple[str, str, Mention]] = []  # (kind, polarity, mention)
         for mention in self.mentions:

@@ -162,13 +162,11 @@ def verdicts_of(records: Records, answers: Answers, knowledge: Knowledge | None 
 
 
 def _row(part: str, record: Record, answer: str, judge: Judge, risks: Mapping[tuple[str, str], str]) -> Row:
-    turns = record.conversation()
-    question = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
-    expected = turns[-1]["content"] if turns[-1]["role"] == "assistant" else record.output
+    last = record.conversation()[-1]
+    expected = last["content"] if last["role"] == "assistant" else record.output
     about = record.facts[0] if record.facts else {}
-    row = Row(
-        part, record.id, record.kind, record.task, question, answer, expected, "", False, evidence=record.evidence
-    )
+    asked = part, record.id, record.kind, record.task, record.question
+    row = Row(*asked, answer, expected, answer_class="", right=False, evidence=record.evidence)
     if record.kind == "general":
         item = GeneralItem(record.id, "", "", tuple(about.get("accept", ())), about.get("regex", ""))
         return replace(row, right=item.right(answer), area=str(about.get("area", "")))

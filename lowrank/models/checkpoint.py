@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from lowrank.errors import FileFormatError
 from lowrank.files import read_json
 from lowrank.kernels.nf4_codec import pack
 from lowrank.models.families import config_from_gguf, config_from_json, family_of, gguf_name
-from lowrank.models.gguf import GGUF, SAMPLE, sample_starts
+from lowrank.models.gguf import GGUF, sample
 from lowrank.quant.state import STATE
 from lowrank.quant.tensor import QuantizedTensor
 
@@ -109,9 +110,12 @@ class FolderCheckpoint:
 
     def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
         """(stored name, shape, sample of the stored bytes) of every tensor, by name."""
-        raw = {file: _Raw(file) for file in set(self._stored.values())}
+        raw = {file: _mapped(file) for file in set(self._stored.values())}
         for name in sorted(self._stored):
-            yield name, tuple(self._slice(name).get_shape()), raw[self._stored[name]].sample(name)
+            data, header = raw[self._stored[name]]
+            start, end = header[name]["data_offsets"]
+            base = 8 + int.from_bytes(data[:8], "little")
+            yield name, tuple(self._slice(name).get_shape()), sample(data, base + start, end - start)
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -171,24 +175,11 @@ def _parents(name: str, wanted: set[str]) -> list[str]:
     return [path for i in range(len(parts) - 1, 0, -1) if (path := ".".join(parts[:i])) in wanted]
 
 
-class _Raw:
-    """The stored bytes of a safetensors file: length u64, a JSON header, data."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            self.header = json.loads(stream.read(length))
-        self.base = 8 + length
-
-    def sample(self, name: str) -> bytes:
-        start, end = self.header[name]["data_offsets"]
-        parts = []
-        with open(self.file, "rb") as stream:
-            for offset in sample_starts(end - start):
-                stream.seek(self.base + start + offset)
-                parts.append(stream.read(min(SAMPLE, end - start - offset)))
-        return b"".join(parts)
+def _mapped(file: Path) -> tuple[mmap.mmap, dict[str, Any]]:
+    """A safetensors file's bytes (length u64, a JSON header, data) and its header."""
+    with open(file, "rb") as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return data, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
 class GGUFCheckpoint:
@@ -265,7 +256,7 @@ Checkpoint = FolderCheckpoint | GGUFCheckpoint
 def base_hash(checkpoint: Checkpoint) -> str:
     """SHA-256 of the configuration and of each tensor's name, shape and sample: seconds even for 70B parameters."""
     digest = hashlib.sha256(json.dumps(asdict(checkpoint.config), sort_keys=True).encode())
-    for name, shape, sample in checkpoint.samples():
+    for name, shape, piece in checkpoint.samples():
         digest.update(f"{name} {list(shape)} ".encode())
-        digest.update(sample)
+        digest.update(piece)
     return digest.hexdigest()

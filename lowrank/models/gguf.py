@@ -186,10 +186,9 @@ class GGUF:
         return raw.reshape(-1, info.format.size)
 
     def sample(self, name: str) -> bytes:
-        """A fixed sample of a tensor's stored bytes: its beginning, middle and end."""
+        """A fixed sample of a tensor's stored bytes."""
         info = self.tensors[name]
-        starts = sample_starts(info.nbytes)
-        return b"".join(self._data[info.start + s : info.start + min(s + SAMPLE, info.nbytes)] for s in starts)
+        return sample(self._data, info.start, info.nbytes)
 
     def _tensor_infos(self, count: int) -> Iterator[TensorInfo]:
         rows = []
@@ -246,11 +245,7 @@ class GGUF:
         return count
 
     def _string(self) -> str:
-        data = self._take(self._count(1, "characters"))
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", errors="replace")  # some vocabularies hold raw bytes
+        return self._take(self._count(1, "characters")).decode("utf-8", errors="replace")  # some hold raw bytes
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind == _STRING:
@@ -273,6 +268,7 @@ class GGUF:
 SAMPLE = 1024
 
 
-def sample_starts(nbytes: int) -> list[int]:
-    """Where the samples of a tensor of `nbytes` bytes begin: at its beginning, middle and end."""
-    return sorted({0, max(0, nbytes // 2 - SAMPLE // 2), max(0, nbytes - SAMPLE)})
+def sample(data: mmap.mmap, start: int, nbytes: int) -> bytes:
+    """Of the `nbytes` bytes of a tensor those at its beginning, in the middle and at its end."""
+    offsets = sorted({0, max(0, nbytes // 2 - SAMPLE // 2), max(0, nbytes - SAMPLE)})
+    return b"".join(data[start + at : start + min(at + SAMPLE, nbytes)] for at in offsets)

@@ -28,6 +28,8 @@ from lowrank.training.checkpoint import checkpoints, load_checkpoint, save_check
 from lowrank.training.losses import mean_loss, summed_loss, targets_in
 from lowrank.training.optim import OptimConfig, make_optimizer, rate, set_rate
 
+BEST = "checkpoints/best.safetensors"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(OptimConfig):
@@ -145,7 +147,8 @@ def fit(
     if resume and folder is not None and (found := checkpoints(folder)):
         state = load_checkpoint(found[-1], model, optimizer)
         source.load_state_dict(state["data"])
-        best_weights = _read_best(folder) if state["best"] is not None and config.keep_best else {}
+        if state["best"] is not None and config.keep_best:
+            best_weights = read_tensors(folder / BEST)
     log = _Log(folder, keep_until=state["step"])
     device = next(model.parameters()).device
     started, first, tokens_before = time.perf_counter(), state["step"], state["tokens"]
@@ -195,7 +198,8 @@ def fit(
                 view["eval_loss"] = _validate(model, validation, state, log, step)
                 if state["stale"] == 0 and config.keep_best:
                     best_weights = {name: p.detach().clone() for name, p in trained(model).items()}
-                    _write_best(folder, best_weights)
+                    if folder is not None:
+                        write_tensors(folder / BEST, best_weights)
             if on_step is not None:
                 on_step(view)
             if config.patience and state["stale"] >= config.patience:
@@ -263,15 +267,6 @@ def _validate(model: nn.Module, batches: list[Batch], state: dict[str, Any], log
     state["best"], state["stale"] = (loss, 0) if better else (state["best"], state["stale"] + 1)
     log.write({"step": step, "eval_loss": loss})
     return loss
-
-
-def _write_best(folder: Path | None, weights: dict[str, Tensor]) -> None:
-    if folder is not None:
-        write_tensors(folder / "checkpoints" / "best.safetensors", weights)
-
-
-def _read_best(folder: Path) -> dict[str, Tensor]:
-    return read_tensors(folder / "checkpoints" / "best.safetensors")
 
 
 class _Log:
