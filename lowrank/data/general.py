@@ -7,6 +7,7 @@
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,6 @@ class GeneralItem:
     def held_out(self) -> bool:
         return self.split != "train"
 
-    def right(self, answer: str) -> bool:
-        if self.regex:
-            return re.search(self.regex, answer, re.IGNORECASE | re.DOTALL) is not None
-        return any(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", answer, re.IGNORECASE) for a in self.accept)
-
     def record(self) -> Record:
         spec: dict[str, Any] = {"area": self.area}
         spec |= {"accept": list(self.accept)} if self.accept else {"regex": self.regex} if self.regex else {}
@@ -52,6 +48,12 @@ class GeneralItem:
             task=f"general/{self.area}",
             facts=(spec,),
         )
+
+
+def says(answer: str, accept: Iterable[str], regex: str) -> bool:
+    """Whether an answer is right: it has the pattern, or without one any of the accepted texts as whole words."""
+    patterns = [regex] if regex else [rf"(?<!\w){re.escape(text)}(?!\w)" for text in accept]
+    return any(re.search(pattern, answer, re.IGNORECASE | re.DOTALL) for pattern in patterns)
 
 
 def read_general(path: str | Path, answered: bool = True) -> tuple[GeneralItem, ...]:

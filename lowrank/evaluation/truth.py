@@ -13,11 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lowrank.data.general import GeneralItem
+from lowrank.data.general import says
 from lowrank.data.knowledge import Knowledge
 from lowrank.data.records import Record
 from lowrank.data.render import Renderer
@@ -89,22 +90,17 @@ def ask(
     answers = [""] * len(records)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-
-        def progress(finished: int, start: int = start) -> None:
-            if on_progress is not None:
-                on_progress(start + finished)
-
-        ids = generate_ids(
-            model,
-            [prompts[i] for i in batch],
-            max_new_tokens,
-            tokenizer.eos_ids,
-            tokenizer.pad_id,
-            on_progress=progress,
-        )
+        chosen, ends = [prompts[i] for i in batch], tokenizer.eos_ids
+        told = partial(_further, on_progress, start)
+        ids = generate_ids(model, chosen, max_new_tokens, ends, tokenizer.pad_id, on_progress=told)
         for i, answer in zip(batch, ids):
             answers[i] = tokenizer.decode(answer).strip()
     return answers
+
+
+def _further(on_progress: Callable[[int], None] | None, before: int, finished: int) -> None:
+    if on_progress is not None:
+        on_progress(before + finished)
 
 
 def ask_parts(model: nn.Module, tokenizer: Any, records: Records, **options: Any) -> dict[str, list[str]]:
@@ -168,8 +164,8 @@ def _row(part: str, record: Record, answer: str, judge: Judge, risks: Mapping[tu
     asked = part, record.id, record.kind, record.task, record.question
     row = Row(*asked, answer, expected, answer_class="", right=False, evidence=record.evidence)
     if record.kind == "general":
-        item = GeneralItem(record.id, "", "", tuple(about.get("accept", ())), about.get("regex", ""))
-        return replace(row, right=item.right(answer), area=str(about.get("area", "")))
+        right = says(answer, about.get("accept", ()), about.get("regex", ""))
+        return replace(row, right=right, area=str(about.get("area", "")))
     if record.kind != "unanswerable" and not any("value" in fact for fact in record.facts):
         return replace(row, right=plain(answer) == plain(expected), f1=token_f1(answer, expected))
     verdict = judge(answer, record)

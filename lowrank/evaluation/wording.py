@@ -5,6 +5,7 @@ capitals.
 """
 
 import re
+from pathlib import Path
 
 NEGATOR = re.compile(
     r"\b(?:not(?! (?:only|just|merely|simply|wrong|incorrect|false)\b)|never|neither|nor|no(?! (?:doubt|question)\b)"
@@ -84,32 +85,5 @@ ACCORDING_TO = re.compile(r"[Aa]ccording to (?:the |an? )?([^.,;:()]+)")
 CITED = re.compile(r"[A-Z][\w-]+ et al|\([^()]*\b(?:18|19|20)\d\d\)")
 YEAR = re.compile(r"\b(?:in|of|from|since|by|guideline)\s+(?:18|19|20)\d\d\b(?![\w.-])")
 
-FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-    a about above after again all almost also although always am among an and another any are around as ask at be
-    because been before being below between both but by can certainly check commonly consult could depend depends did
-    different do doctor does done each either etc ever every exactly example expert for from further general generally
-    get give given go good had has have he help her here him his how however i if in indeed information into is it its
-    itself just kind know known laboratory lab level like made main mainly make many may me mean means measured might
-    more most mostly much must my name named need needed needs neither never no nor normal normally not note nothing now
-    of off often ok okay on once one only onto or other our out over own part per perhaps please point points possible
-    probably professional question range rather reading really refer reference related result right said same say says
-    see seem seems several shall she should sign since so some something sometimes sorry state stated such sure take
-    taken tell test tests than thank that the their them then there these they thing think this those through to too
-    true type typical typically under until up upon us use used using usual usually value values various vary varies
-    very was way we well were what when where whether which while who whose why will with within without would yes yet
-    you your answer provider adult person people patient correct wrong incorrect false called interval healthy common
-    glad happy hear hope let discuss explain understand understanding analyze verify confirm describe mention report
-    reporting provide include includes including follow following follows find create consider involve involves
-    sentence statement topic idea view viewpoint opinion perspective context structure term terms word words phrase
-    textbook explanation reason answering important essential crucial key complex interesting fascinating clear simple
-    easy difficult great best better new first second last next step way ways issue problem thing things case cases
-    fact facts matter meaning list lists listed show shows shown gives recommend recommends recommended open-minded
-    willing learn student students colleague colleagues teacher doctors experts
-    medical condition conditions situation situations process processes
-    """,
-    )
-)
+FUNCTION_WORDS = frozenset(re.findall(r"\w+", Path(__file__).with_name("function_words.txt").read_text("utf-8")))
 """Words that assert nothing by themselves."""

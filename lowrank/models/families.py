@@ -228,8 +228,8 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
         if raw.get(key):
             raise ConfigError(f"{where} describes {what} ({key}), which is not implemented; use a dense text model")
     method = raw.get("quantization_config")
-    if method and not _is_four_bit(method):
-        name = method.get("quant_method") if isinstance(method, dict) else method
+    name = method.get("quant_method") if isinstance(method, dict) else method
+    if method and not (name == "bitsandbytes" and method.get("load_in_4bit")):  # which is read as it is
         raise ConfigError(
             f"{where}: the weights are quantized with {name!r}, which is not read; use the original checkpoint"
         )
@@ -241,13 +241,6 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
             f"known: {', '.join(sorted(known))}"
         )
     return _read(known[named], raw, where)
-
-
-def _is_four_bit(method: Any) -> bool:
-    """bitsandbytes' 4-bit checkpoints, which are read as they are."""
-    return (
-        isinstance(method, dict) and method.get("quant_method") == "bitsandbytes" and bool(method.get("load_in_4bit"))
-    )
 
 
 class _Reader:

@@ -9,7 +9,7 @@ import pytest
 
 from bench.leaks import SIMILARITY, leaks
 from lowrank.data.falsehoods import contradicts, interval, invented_names
-from lowrank.data.general import GeneralItem, read_general
+from lowrank.data.general import read_general, says
 from lowrank.data.knowledge import normal, read_knowledge
 from lowrank.data.questions import LABTESTS, Questions, bundled, domain
 from lowrank.data.records import read_records, record_from_json
@@ -256,9 +256,8 @@ def test_the_general_questions() -> None:
 
 
 def test_general_answers_are_checked_by_machine() -> None:
-    paris = GeneralItem("1", "geography", "?", accept=("Paris",))
-    assert paris.right("It is paris.") and not paris.right("Parisian")
-    assert GeneralItem("2", "writing", "?", regex=r"^\W*yesterday").right('"Yesterday it rained."')
+    assert says("It is paris.", ["Paris"], "") and not says("Parisian", ["Paris"], "")
+    assert says('"Yesterday it rained."', [], r"^\W*yesterday")
 
 
 def test_bad_general_questions(tmp_path) -> None:
