@@ -37,6 +37,7 @@ from lowrank.targets import Coverage, attach
 HALF = 2  # bytes of a bf16 number
 ALIGNED = 96  # bytes: an aligned piece asks for so much more, so that it does not fit where one as large was freed
 ONCE = 140 * 10**6  # measured: what loading and a first step leave for good (oneDNN's code and scratch, library pages)
+COMPILER = 77 * 10**6  # measured: torch's checkpointing imports torch's compiler
 
 
 def _llama(dim: int, hidden: int, layers: int, heads: int, kv: int, vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def memory(config: ModelConfig, way: Way, load: Load) -> Memory:
     linear = [m.weight.numel() for m in skeleton(shortened(config, 1)).modules() if isinstance(m, nn.Linear)]
     if way.quantized:  # where weights are decoded
         workspace += 16 * PIECE if load.cpu else HALF * max(linear)
-    workspace += ONCE if load.cpu else 0
+    workspace += (ONCE + COMPILER * way.checkpointing) if load.cpu else 0
     outputs = {"causal": config.vocab_size, "mlm": config.vocab_size}.get(config.head, len(config.labels))
     if way.method is None:
         logits = load.batch * outputs * (HALF + 4)
