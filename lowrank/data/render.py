@@ -5,7 +5,7 @@ exactly the tokens that generation starts from. So the loss mask cannot be off a
 generation see the same prompt.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,15 +47,11 @@ class Renderer:
     def prompt_ids(self, record: Record) -> list[int]:
         """The question, ready for the model to answer: everything before the record's last assistant turn."""
         messages = record.conversation()
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        return self.conversation_ids(messages)
+        return self.conversation_ids(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
 
     def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation that ends with the user, followed by the start of the assistant's turn."""
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer.encode(_plain(messages), add_special=True)
-        return self._encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        return self._ids(self._prompt(messages), first=True)
 
     def example(self, record: Record) -> Example:
         """The whole record, loss on what the assistant says and on the token that ends it.
@@ -78,15 +74,12 @@ class Renderer:
             prompt, full = self._texts(messages[: i + 1], where)
             if not prompt.startswith(done):
                 raise ValueError(f"{where}: the chat template rewrites earlier turns, so the answers cannot be masked")
-            question = (
-                self._encode(prompt[len(done) :]) if self.tokenizer.chat_template else self._plain_ids(prompt, done)
-            )
+            question = self._ids(prompt[len(done) :], first=not done)
             answer, behind = self._answer_ids(full[len(prompt) :])
             ids += between + question + answer
             labels += [IGNORE] * len(between + question) + answer
             done, between = full, behind
-        if len(ids) > self.max_length:
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORE for label in labels[1:]):
             raise ValueError(
                 f"{where}: all labels are masked: the question alone fills data.max_length={self.max_length} tokens;"
@@ -94,12 +87,17 @@ class Renderer:
             )
         return Example(ids, labels, record.id, record.kind)
 
+    def _prompt(self, messages: list[dict[str, str]]) -> str:
+        """The text up to the start of the assistant's turn; without a template the turns, one a paragraph."""
+        if self.tokenizer.chat_template is None:
+            return "".join(f"{message['content']}\n" for message in messages)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
     def _texts(self, messages: list[dict[str, str]], where: str) -> tuple[str, str]:
         """(text up to the last answer, text with it)."""
+        prompt = self._prompt(messages[:-1])
         if self.tokenizer.chat_template is None:
-            prompt = _plain(messages[:-1])
             return prompt, prompt + messages[-1]["content"]
-        prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
         full = self.tokenizer.apply_chat_template(messages)
         if not full.startswith(prompt):
             raise ValueError(
@@ -107,21 +105,16 @@ class Renderer:
             )
         return prompt, full
 
-    def _encode(self, text: str) -> list[int]:
+    def _ids(self, text: str, first: bool = False) -> list[int]:
+        """A template's text holds its special tokens; a plain one gets the tokenizer's own where it is the `first`."""
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.encode(text, add_special=first)
         return self.tokenizer.encode(text, parse_special=True)
-
-    def _plain_ids(self, prompt: str, done: str) -> list[int]:
-        return self.tokenizer.encode(prompt[len(done) :], add_special=not done)
 
     def _answer_ids(self, text: str) -> tuple[list[int], list[int]]:
         """The answer with its end token, and what the template writes behind it (a line break)."""
-        ids = self._encode(text) if self.tokenizer.chat_template else self.tokenizer.encode(text)
+        ids = self._ids(text)
         ends = [i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids]
         if ends:
             return ids[: ends[-1] + 1], ids[ends[-1] + 1 :]
         return ([*ids, self.tokenizer.eos_id] if self.tokenizer.eos_id is not None else ids), []
-
-
-def _plain(messages: Iterable[dict[str, str]]) -> str:
-    """Without a template: the turns, one a paragraph."""
-    return "".join(f"{message['content']}\n" for message in messages)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,7 @@ from lowrank.data.render import IGNORE, Example
 from lowrank.targets import Coverage
 
 console = Console(highlight=False, markup=False)
+EVERY = 20  # steps
 
 
 def start_screen(facts: dict[str, str], coverage: Coverage, sample: Example, decode: Any) -> Group:
@@ -27,54 +29,39 @@ def start_screen(facts: dict[str, str], coverage: Coverage, sample: Example, dec
     for pattern, count, shapes, path in coverage.rows():
         table.add_row(pattern, str(count), shapes, path)
     share = 100 * coverage.trainable / max(coverage.total, 1)
-    trainable = Text(
-        f"{coverage.method}: {coverage.trainable:,} of {coverage.total:,} parameters train ({share:.2f} %)"
-    )
-    return Group(
-        Panel(left, title="run", title_align="left"),
-        Panel(Group(table, trainable), title="adapter", title_align="left"),
-        Panel(
-            masked_text(sample, decode), title="first sample (bold: what the model learns to write)", title_align="left"
-        ),
-    )
+    trained = f"{coverage.method}: {coverage.trainable:,} of {coverage.total:,} parameters train ({share:.2f} %)"
+    panels = {
+        "run": left,
+        "adapter": Group(table, Text(trained)),
+        "first sample (bold: what the model learns to write)": masked_text(sample, decode),
+    }
+    return Group(*(Panel(content, title=title, title_align="left") for title, content in panels.items()))
 
 
 def masked_text(example: Example, decode: Any) -> Text:
     """The example's text, its target tokens in bold green; every token shown, special ones included."""
     text = Text()
     start = 0
-    while start < len(example.input_ids):
-        learned = example.labels[start] != IGNORE or example.teacher is not None
-        end = start
-        while (
-            end < len(example.input_ids) and (example.labels[end] != IGNORE or example.teacher is not None) == learned
-        ):
-            end += 1
+    for learned, run in groupby(label != IGNORE or example.teacher is not None for label in example.labels):
+        end = start + len(list(run))
         text.append(decode(example.input_ids[start:end], skip_special=False), style="bold green" if learned else "dim")
         start = end
     return text
 
 
 @contextmanager
-def progress_line(total: int, every: int = 20) -> Iterator[Any]:
-    """Gives a function that takes a step's row. A terminal gets one moving line, a file a line every `every` steps."""
-    if not console.is_terminal:
-        yield (
-            lambda row: (
-                console.print(step_text(row))
-                if row["step"] % every == 0 or row["step"] + 1 == total or "eval_loss" in row
-                else None
-            )
-        )
-        return
-    with Progress(
-        BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=console, transient=False
-    ) as progress:
-        task = progress.add_task("the first step takes longest", total=total)
+def progress_line(total: int) -> Iterator[Any]:
+    """Gives a function that takes a step's row. A terminal gets one moving line, a file a line every EVERY steps."""
 
-        def show(row: dict[str, Any]) -> None:
+    def show(row: dict[str, Any]) -> None:
+        if console.is_terminal:
             progress.update(task, completed=row["step"] + 1, description=step_text(row))
+        elif row["step"] % EVERY == 0 or row["step"] + 1 == total or "eval_loss" in row:
+            console.print(step_text(row))
 
+    columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("the first step takes longest", total=total)
         yield show
 
 
@@ -101,15 +88,7 @@ def clock(seconds: float) -> str:
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Any]:
     """A short bar for evaluation; gives a function that takes how many are done. Silent where output is no terminal."""
-    if not console.is_terminal:
-        yield lambda done: None
-        return
-    with Progress(
-        TextColumn(what),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}"),
-        console=console,
-        transient=True,
-    ) as progress:
+    columns = TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
