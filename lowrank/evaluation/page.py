@@ -47,7 +47,7 @@ class Page:
     def name(self, column: str) -> str:
         return {**COLUMNS, **self.results.get("names", {})}.get(column, column)
 
-    def with_(self, key: str) -> list[str]:
+    def having(self, key: str) -> list[str]:
         """The columns whose results have something under this key."""
         return [column for column in self.columns if self.results[column].get(key)]
 

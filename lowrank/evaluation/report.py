@@ -142,7 +142,7 @@ def _table(page: Page) -> str:
 
 
 def _classes(page: Page) -> str:
-    shares = {page.name(c): page.results[c]["classes"] for c in page.with_("classes")}
+    shares = {page.name(c): page.results[c]["classes"] for c in page.having("classes")}
     rows = {name: {key: found[key] for key in CLASSES if found.get(key)} for name, found in shares.items()}
     rows = {name: found for name, found in rows.items() if found}
     if not rows:
@@ -160,7 +160,7 @@ def _share_of(count: str) -> Callable[[Any], str]:
 
 def _grouped(page: Page, key: str, title: str, told: Callable[[Any], str], order: Sequence[str] = ()) -> str:
     """A line a group, a column a model; groups that no model has are left out."""
-    found = {column: page.results[column][key] for column in page.with_(key)}
+    found = {column: page.results[column][key] for column in page.having(key)}
     groups = order or sorted({group for by_group in found.values() for group in by_group})
     there = [group for group in groups if any(group in by_group for by_group in found.values())]
     body = [row(g, (told(by_group[g]) if g in by_group else "" for by_group in found.values())) for g in there]
@@ -257,7 +257,7 @@ def _asked(sample: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _forgetting(page: Page) -> str:
-    by_area = {column: page.results[column]["by_area"] for column in page.with_("by_area")}
+    by_area = {column: page.results[column]["by_area"] for column in page.having("by_area")}
     if not by_area:
         return ""
     areas = list(dict.fromkeys(area for found in by_area.values() for area in found))

@@ -60,13 +60,17 @@ class FolderCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = config_from_json(read_json(path / "config.json"), str(path / "config.json"))
-        self._files: dict[Path, Any] = {}
-        self._stored: dict[str, Path] = {}  # stored name -> its file
+        self._files: dict[str, Path] = {}  # stored name -> its file
+        self._stored: dict[str, Any] = {}  # the same, opened
         for file in self._weight_files():
-            for name in self._open(file).keys():  # noqa: SIM118 (safe_open is no dict)
+            try:
+                opened = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise FileFormatError(f"{file} is truncated, damaged or not a safetensors file: {error}") from error
+            for name in opened.keys():  # noqa: SIM118 (safe_open is no dict)
                 if name in self._stored:
-                    raise FileFormatError(f"tensor {name!r} is in {self._stored[name].name} and in {file.name}")
-                self._stored[name] = file
+                    raise FileFormatError(f"tensor {name!r} is in {self._files[name].name} and in {file.name}")
+                self._files[name], self._stored[name] = file, opened
         self._prefix = self._find_prefix()
         four_bit = any(STATE in name for name in self._stored)
         self.quantized = "bitsandbytes 4 bit" if four_bit else None  # None: its linear layers are numbers
@@ -76,14 +80,14 @@ class FolderCheckpoint:
         name = self._name(path)
         if self._is_quantized(name):
             return self._quantized(name).shape
-        return tuple(self._slice(name).get_shape()) if name in self._stored else None
+        return tuple(self._stored[name].get_slice(name).get_shape()) if name in self._stored else None
 
     def tensor(self, path: str, dtype: torch.dtype) -> Tensor:
         """One parameter in `dtype`, on the CPU."""
         name = self._name(path)
-        value: Tensor = self._files[self._stored[name]].get_tensor(name)
+        value: Tensor = self._stored[name].get_tensor(name)
         if not value.is_floating_point():
-            raise FileFormatError(f"{self._stored[name]}: tensor {name!r} has type {value.dtype}, wanted floats")
+            raise FileFormatError(f"{self._files[name]}: tensor {name!r} has type {value.dtype}, wanted floats")
         return value.to(dtype)
 
     def kept(self, path: str, dtype: torch.dtype) -> QuantizedTensor | None:
@@ -96,11 +100,11 @@ class FolderCheckpoint:
 
     def _quantized(self, name: str) -> QuantizedTensor:
         parts = [stored for stored in self._stored if stored == name or stored.startswith(f"{name}.")]
-        state = {stored: self._files[self._stored[stored]].get_tensor(stored) for stored in parts}
+        state = {stored: self._stored[stored].get_tensor(stored) for stored in parts}
         try:
             return QuantizedTensor.from_state_dict(state, name)
         except ValueError as error:
-            raise FileFormatError(f"{self._stored[name]}: {error}") from error
+            raise FileFormatError(f"{self._files[name]}: {error}") from error
 
     def unused(self, paths: set[str]) -> list[str]:
         """What the checkpoint holds beyond `paths`."""
@@ -110,12 +114,11 @@ class FolderCheckpoint:
 
     def samples(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
         """(stored name, shape, sample of the stored bytes) of every tensor, by name."""
-        raw = {file: _mapped(file) for file in set(self._stored.values())}
-        for name in sorted(self._stored):
-            data, header = raw[self._stored[name]]
+        raw = {file: _mapped(file) for file in set(self._files.values())}
+        for name in sorted(self._files):
+            data, base, header = raw[self._files[name]]
             start, end = header[name]["data_offsets"]
-            base = 8 + int.from_bytes(data[:8], "little")
-            yield name, tuple(self._slice(name).get_shape()), sample(data, base + start, end - start)
+            yield name, tuple(header[name]["shape"]), sample(data, base + start, end - start)
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -145,17 +148,6 @@ class FolderCheckpoint:
             raise _pickle(pickles[0])
         raise FileNotFoundError(f"{self.path} has a config.json but no weights: wanted model.safetensors")
 
-    def _open(self, file: Path) -> Any:
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(str(file), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise FileFormatError(f"{file} is truncated, damaged or not a safetensors file: {error}") from error
-        return self._files[file]
-
-    def _slice(self, name: str) -> Any:
-        return self._files[self._stored[name]].get_slice(name)
-
     def _find_prefix(self) -> str:
         """Files of a bare body lack the first part of our paths ("model.", "transformer.", "bert.")."""
         first = family_of(self.config).names.embed
@@ -175,11 +167,12 @@ def _parents(name: str, wanted: set[str]) -> list[str]:
     return [path for i in range(len(parts) - 1, 0, -1) if (path := ".".join(parts[:i])) in wanted]
 
 
-def _mapped(file: Path) -> tuple[mmap.mmap, dict[str, Any]]:
-    """A safetensors file's bytes (length u64, a JSON header, data) and its header."""
+def _mapped(file: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
+    """A safetensors file (length u64, a JSON header, data): its bytes, where data begin, the header."""
     with open(file, "rb") as stream:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return data, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    base = 8 + int.from_bytes(data[:8], "little")
+    return data, base, json.loads(data[8:base])
 
 
 class GGUFCheckpoint:
