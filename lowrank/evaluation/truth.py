@@ -275,9 +275,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> dict[str, Any]:
         }
     areas: dict[str, list[tuple[bool, bool]]] = {}
     for a, b in pairs:
-        if a.area:
-            areas.setdefault(a.area, []).append((a.right, b.right))
-            areas.setdefault("all", []).append((a.right, b.right))
+        for area in (a.area, "all") if a.area else ():
+            areas.setdefault(area, []).append((a.right, b.right))
     if areas:
         result["retention"] = {
             area: (sum(b for _, b in flags) / known if (known := sum(a for a, _ in flags)) else None)

@@ -205,21 +205,11 @@ def quantities(text: str, opaque: frozenset[str] = frozenset()) -> list[Quantity
         units = [w for w in written if w and parse_unit(w, opaque)]
         end = match.end() if not written[-1] or written[-1] in units else match.end(len(match.groups()) - 1)
         at = max(end, match.start() + 1)
-        low, high = float(numbers[0]), float(numbers[-1])
         if kind == "lone" and not units and not CLAUSE_END.match(text, end):
             continue
-        digits = min(len(n.partition(".")[2]) for n in numbers)
-        found.append(
-            Quantity(
-                None if kind == "up" else low,
-                None if kind == "down" else high,
-                units[-1] if units else "",
-                kind == "lone",
-                digits,
-                match.start(),
-                end,
-            )
-        )
+        low, high = None if kind == "up" else float(numbers[0]), None if kind == "down" else float(numbers[-1])
+        unit, digits = units[-1] if units else "", min(len(n.partition(".")[2]) for n in numbers)
+        found.append(Quantity(low, high, unit, kind == "lone", digits, match.start(), end))
     return found
 
 
@@ -260,24 +250,19 @@ def compare(said: Quantity, known: Quantity, opaque: frozenset[str] = frozenset(
         else:
             factor = ours[0] / theirs[0]
     low, high = (None if x is None else x * factor for x in (said.low, said.high))
-    rounding = abs(factor - 1) > 1e-9
-    if (
-        known.lone == said.lone
-        and _same(low, known.low, known.digits, rounding)
-        and _same(high, known.high, known.digits, rounding)
-    ):
+
+    def matches(power: int, converted: bool) -> bool:
+        ends = (None if x is None else x * 10.0**power for x in (low, high))
+        return all(_same(x, own, known.digits, converted) for x, own in zip(ends, (known.low, known.high)))
+
+    if known.lone == said.lone and matches(0, abs(factor - 1) > 1e-9):
         return "equal" if same_unit else "unit"
     if not same_unit or (factor != 1.0 and compare(replace(said, unit=""), known, opaque) == "equal"):
         return "unit"
     if said.lone and not known.lone and low is not None:
-        if (known.low is None or low >= known.low) and (known.high is None or low <= known.high):
-            return "inside"
-        return "other"
-    for power in (-6, -3, -2, -1, 1, 2, 3, 6):
-        scaled = [None if x is None else x * 10.0**power for x in (low, high)]
-        if _same(scaled[0], known.low, known.digits, True) and _same(scaled[1], known.high, known.digits, True):
-            return "unit"
-    return "other"
+        above, below = known.low is None or low >= known.low, known.high is None or low <= known.high
+        return "inside" if above and below else "other"
+    return "unit" if any(matches(power, True) for power in (-6, -3, -2, -1, 1, 2, 3, 6)) else "other"
 
 
 def _same(said: float | None, known: float | None, digits: int, converted: bool) -> bool:
