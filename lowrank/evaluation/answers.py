@@ -317,7 +317,7 @@ class _Reading:
             if mention.kind in ("name", "other name", "aside"):
                 continue
             what, how = mention.kind, self.polarity(mention.start, mention.end)
-            if how == "asserted" and self.exists and _is_phrase(mention) and self.is_topic(mention):
+            if how == "asserted" and self.exists and mention.text[:1].isalpha() and self.is_topic(mention):
                 how = "neutral"
             if how == "asserted" and self.exists:
                 other, relation = self.about_another(mention) or self.subject, self.said_relation(mention)
@@ -464,10 +464,6 @@ class _Reading:
 def _clear(match: re.Match[str], mentions: Iterable[Mention]) -> bool:
     """Whether a match overlaps no mention."""
     return all(match.end() <= m.start or match.start() >= m.end for m in mentions)
-
-
-def _is_phrase(mention: Mention) -> bool:
-    return mention.text[:1].isalpha()
 
 
 def _words(relation: str) -> set[str]:

@@ -36,33 +36,15 @@ def _nibbles(bytes_: Array) -> Array:
     return np.concatenate([bytes_ & 15, bytes_ >> 4], axis=1)
 
 
-def _fifth_bits(bytes_: Array) -> Array:
-    """(N, 4) bytes -> (N, 32): bit j of the little-endian word, as 0 or 16."""
-    return np.unpackbits(bytes_, axis=1, bitorder="little") << 4
+def _four_bit(bytes_: Array) -> Array:
+    """(N, 16) bytes -> (N, 32) fp32"""
+    return _nibbles(bytes_).astype(np.float32)
 
 
-def _q4_0(b: Array) -> Array:
-    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8)
-
-
-def _q4_1(b: Array) -> Array:
-    return _half(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b, 2)
-
-
-def _q5_0(b: Array) -> Array:
-    return _half(b, 0) * ((_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6])).astype(np.float32) - 16)
-
-
-def _q5_1(b: Array) -> Array:
-    return _half(b, 0) * (_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8])).astype(np.float32) + _half(b, 2)
-
-
-def _q8_0(b: Array) -> Array:
-    return _half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
-
-
-def _bf16(b: Array) -> Array:
-    return (np.ascontiguousarray(b).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+def _five_bit(bytes_: Array) -> Array:
+    """(N, 20) bytes -> (N, 32) fp32: nibbles behind 4 bytes, whose bit j is the fifth of value j."""
+    fifth = np.unpackbits(bytes_[:, :4], axis=1, bitorder="little")
+    return (_nibbles(bytes_[:, 4:]) | fifth << 4).astype(np.float32)
 
 
 def _six_bit(b: Array) -> tuple[Array, Array]:
@@ -115,15 +97,15 @@ class Format:
 FORMATS: dict[int, Format] = {
     0: Format("F32", 1, 4, lambda b: b.copy().view(np.float32)),
     1: Format("F16", 1, 2, lambda b: np.ascontiguousarray(b).view(np.float16).astype(np.float32)),
-    2: Format("Q4_0", 32, 18, _q4_0),
-    3: Format("Q4_1", 32, 20, _q4_1),
-    6: Format("Q5_0", 32, 22, _q5_0),
-    7: Format("Q5_1", 32, 24, _q5_1),
-    8: Format("Q8_0", 32, 34, _q8_0),
+    2: Format("Q4_0", 32, 18, lambda b: _half(b, 0) * (_four_bit(b[:, 2:]) - 8)),
+    3: Format("Q4_1", 32, 20, lambda b: _half(b, 0) * _four_bit(b[:, 4:]) + _half(b, 2)),
+    6: Format("Q5_0", 32, 22, lambda b: _half(b, 0) * (_five_bit(b[:, 2:]) - 16)),
+    7: Format("Q5_1", 32, 24, lambda b: _half(b, 0) * _five_bit(b[:, 4:]) + _half(b, 2)),
+    8: Format("Q8_0", 32, 34, lambda b: _half(b, 0) * b[:, 2:].view(np.int8)),
     12: Format("Q4_K", 256, 144, _q4_k),
     13: Format("Q5_K", 256, 176, _q5_k),
     14: Format("Q6_K", 256, 210, _q6_k),
-    30: Format("BF16", 1, 2, _bf16),
+    30: Format("BF16", 1, 2, lambda b: (np.ascontiguousarray(b).view("<u2").astype("<u4") << 16).view("<f4")),
 }  # fmt: skip
 _NUMBERS = {0: "B", 1: "b", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
