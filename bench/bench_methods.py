@@ -90,6 +90,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
     rows = [finished(arguments.profile)[name] for name in ("base", *METHODS) if name in finished(arguments.profile)]
     print(table(rows))
+    print(f"In all {sum(row.get('cpu_s', 0) for row in rows) / 60:.0f} minutes of one core for {len(rows)} rows.")
     plot(rows)
 
 
@@ -140,9 +141,11 @@ def measure(name: str, profile: str) -> dict[str, Any]:
         if name != "base":
             clock, cpu = time.perf_counter(), time.process_time()
             run = lowrank.train(config)
-            alone = (time.process_time() - cpu) / (time.perf_counter() - clock)  # of its one core, if others use it too
-            seconds = run.metrics["seconds"] * (min(1.0, alone) if torch.get_num_threads() == 1 else 1.0)
-            row |= {"train_s": seconds, "tokens": run.metrics["tokens"], "loss": run.metrics["loss"]}
+            stood = (time.perf_counter() - clock) - (
+                time.process_time() - cpu
+            )  # of one core: stopped, or used by others
+            seconds = run.metrics["seconds"] - (max(0.0, stood) if torch.get_num_threads() == 1 else 0.0)
+            row |= {"train_s": seconds, "stood_s": stood, "tokens": run.metrics["tokens"], "loss": run.metrics["loss"]}
             adapter = Path(folder) / "run" / "adapter"
             row["file_mb"] = (adapter / "adapter.safetensors").stat().st_size / 1e6
         model, tokenizer = lowrank.load(config.model, template=config.data.template, progress=False)
@@ -158,7 +161,8 @@ def measure(name: str, profile: str) -> dict[str, Any]:
         )
     for key in ("paraphrase", "trap", "true_premise", "abstention", "perplexity"):
         row[key] = found.get(key)
-    return row | {"n": found["n"], "peak_mb": peak_memory_mb(), "threads": torch.get_num_threads()}
+    used = {"peak_mb": peak_memory_mb(), "threads": torch.get_num_threads(), "cpu_s": time.process_time()}
+    return row | {"n": found["n"]} | used
 
 
 def overhead(model: Any) -> float:

@@ -11,7 +11,7 @@ merged together they give                       W + Σᵢ wᵢ (mergeᵢ(W) - W)
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -153,7 +153,7 @@ class AdaptedLinear(nn.Module):
         self.edited: Any = {}  # name -> the layer that stands in for the base (methods that edit it)
         self.selection = selection or Selection()
         self.unmerged: tuple[nn.Module, ...] = ()  # as it was before `merge`; a tuple hides it from state_dict
-        self.looked_up: tuple[Acting | None, list[tuple[str, Adapter, float]]] = None, []
+        self.path: tuple[Acting | None, Callable[..., Tensor]] = None, self.base  # what acts, and what it runs
 
     @property
     def weight(self) -> Any:
@@ -171,27 +171,42 @@ class AdaptedLinear(nn.Module):
         return now.layers.get(self, now.everywhere) if now.layers else now.everywhere
 
     def put(self, name: str, adapter: Adapter) -> None:
-        self.looked_up = None, []
+        self.path = None, self.base
         self.adapters[name] = adapter.train(self.base.training)
         if adapter.edits_base:
             edited = adapter.edit(self.base).requires_grad_(False)
             self.edited = nn.ModuleDict({**self.edited, name: edited})
 
     def remove(self, name: str) -> None:
-        self.looked_up = None, []
+        self.path = None, self.base
         del self.adapters[name]
         if name in self.edited:
             del self.edited[name]
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        now = self.selection.now
         if self.unmerged:
-            return self.base(x, *context)
+            return self.base(x, *context)  # type: ignore[no-any-return]
+        now = self.selection.now
+        if self.path[0] is not now:
+            self.path = now, self._path(now)
+        return self.path[1](x, *context)
+
+    def _path(self, now: Acting) -> Callable[..., Tensor]:
+        """What runs while `now` acts, so that it is looked up once for many calls."""
         if now.rows is not None:
-            return now.rows(self, x, context)
-        if self.looked_up[0] is not now:
-            self.looked_up = now, self.acting(self.active)
-        return self.adapted(x, context, self.looked_up[1])
+            return partial(now.rows, self)
+        acting = self.acting(self.active)
+        if len(acting) != 1 or acting[0][2] != 1.0:
+            return partial(self.adapted, acting)
+        name, adapter, _ = acting[0]
+        fused = adapter.may("fused") and name not in self.edited
+        return partial(self._at_once if fused else self._one, name, adapter)
+
+    def _at_once(self, name: str, adapter: Adapter, x: Tensor, *context: Any) -> Tensor:
+        """`_one` with less to look up."""
+        if not context and (y := adapter.fused(x, self._modules["base"])) is not None:  # type: ignore[arg-type]
+            return y
+        return self._one(name, adapter, x, *context)
 
     def needs_rows(self) -> bool:
         """Whether what acts here looks at the batch row by row, so that a model must not take its rows apart."""
@@ -216,14 +231,11 @@ class AdaptedLinear(nn.Module):
         return [(name, self.adapters[name], weight) for name, weight in weights if name in self.adapters]  # type: ignore[misc]
 
     def adapted(
-        self,
-        x: Tensor,
-        context: tuple[Any, ...],
-        acting: list[tuple[str, Adapter, float]],
-        y: Tensor | None = None,
+        self, acting: list[tuple[str, Adapter, float]], x: Tensor, *context: Any, y: Tensor | None = None
     ) -> Tensor:
+        """y + Σᵢ wᵢ (fᵢ(x, y, base) - y); y = base(x), unless given."""
         if len(acting) == 1 and acting[0][2] == 1.0:
-            return self._one(x, context, acting[0][0], acting[0][1], y)
+            return self._one(*acting[0][:2], x, *context, y=y)
         if y is None:
             y = self.base(x, *context)
         if len(acting) == 0:
@@ -231,17 +243,17 @@ class AdaptedLinear(nn.Module):
         if any(adapter.place in ("embeddings", "attention prefix") for _, adapter, _ in acting):
             given = {name: weight for name, _, weight in acting}
             raise ValueError(f"a method that adds virtual tokens acts alone and with weight 1, got {given}")
-        return y + sum(w * (self._one(x, context, name, adapter, y) - y) for name, adapter, w in acting)
+        return y + sum(w * (self._one(name, adapter, x, *context, y=y) - y) for name, adapter, w in acting)
 
-    def _one(self, x: Tensor, context: tuple[Any, ...], name: str, adapter: Adapter, y: Tensor | None) -> Tensor:
+    def _one(self, name: str, adapter: Adapter, x: Tensor, *context: Any, y: Tensor | None = None) -> Tensor:
         base = self.base
         if name in self.edited:
             base, y = self.edited[name], None
-        if y is None and adapter.may("fused") and not context and (fused := adapter.fused(x, base)) is not None:
+        if y is None and not context and adapter.may("fused") and (fused := adapter.fused(x, base)) is not None:
             return fused
-        if not adapter.needs_y:
-            return adapter(x, None, base)
-        return adapter(x, base(x, *context) if y is None else y, base)
+        if y is None and adapter.needs_y:
+            y = base(x, *context)
+        return adapter(x, y if adapter.needs_y else None, base)  # type: ignore[no-any-return]
 
 
 class Slot(nn.Module):

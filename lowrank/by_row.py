@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lowrank.adapter import AdaptedLinear, Adapter, Weights
 
 Row = tuple["Adapter | None", float]  # what acts on it and its weight; None is the base alone
-Sum = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> adapted y, all rows at once
+Sum = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> adapted y, all rows at once; without gradients y may be its place
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Rows:
         self.choices = choices
         self.plans: dict[Any, _Plan | None] = {}
 
-    def __call__(self, layer: "AdaptedLinear", x: Tensor, context: tuple[Any, ...]) -> Tensor:
+    def __call__(self, layer: "AdaptedLinear", x: Tensor, *context: Any) -> Tensor:
         """The adapted output of one layer.  (B, ..., I) -> (B, ..., O)"""
         if len(self.choices) != x.shape[0]:
             raise ValueError(f"rows() names adapters for {len(self.choices)} rows, the batch has {x.shape[0]}")
@@ -46,14 +46,14 @@ class Rows:
             plan = self._plan(layer, x)
             self.plans[key] = None if torch.is_grad_enabled() else plan
         if len(plan.parts) == 1:
-            return layer.adapted(x, context, plan.parts[0][0])
+            return layer.adapted(plan.parts[0][0], x, *context)
         y = layer.base(x, *context)
         if plan.act is not None:
-            return plan.act(x, y)
+            return plan.act(x, y.clone() if layer.base._forward_hooks else y)  # a hook may have kept y
         parts = []
         for acting, index in plan.parts:
             part = tuple(c[index] if isinstance(c, Tensor) else c for c in context)
-            parts.append(layer.adapted(x[index], part, acting, y[index]))
+            parts.append(layer.adapted(acting, x[index], *part, y=y[index]))
         if len(shapes := {part.shape[1:] for part in parts}) > 1:
             raise ValueError(
                 f"the rows' adapters give outputs of {len(shapes)} shapes (virtual tokens?):"

@@ -7,6 +7,7 @@ raises AssertionError where the method is not what it should be. Sums are compar
 
 import tempfile
 from dataclasses import fields, is_dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -324,16 +325,18 @@ def _rows(method: type[Adapter]) -> None:
 @theorem("fused == forward")
 def _fused(method: type[Adapter]) -> None:
     ran = False
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+    for gradients, dtype in product((True, False), (torch.float32, torch.bfloat16)):
         model, x = host(method)
         model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
         adapter = give(model, method)
         only(adapter.may("fused"), "no fused path, or forward is another class's")
         base = model.layer.base  # type: ignore[union-attr]
-        fused = adapter.fused(x, base)  # type: ignore[arg-type]
+        with torch.set_grad_enabled(gradients):
+            fused = adapter.fused(x, base)  # type: ignore[arg-type]
         if fused is not None:
             ran = True
-            close(fused.float(), adapter(x, base(x), base).float(), str(dtype), tolerance)  # type: ignore[operator]
+            want, tolerance = adapter(x, base(x), base).float(), 1e-5 if dtype == torch.float32 else 0.03  # type: ignore[operator]
+            close(fused.float(), want, f"{dtype}{'' if gradients else ' without gradients'}", tolerance)
     only(ran, "fused applies to none of the cases here")
 
 

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -18,12 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, linear, register
-from lowrank.by_row import Sum
-from lowrank.kernels.dispatch import mode
-from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref
-from lowrank.kernels.lora_linear import Weight, lora_linear
-from lowrank.quant.linear import QuantizedLinear, product_back
-from lowrank.quant.linear import linear as quantized_linear
+from lowrank.methods.lora_paths import fused, grouped, projected
 
 
 @dataclass(frozen=True)
@@ -73,23 +67,12 @@ def by_pattern(patterns: Mapping[str, V], path: str, default: V) -> V:
     return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
 
 
-def is_short(x: Tensor) -> bool:
-    """Whether fp32 is quicker than 16 bits: on a CPU, where any product in 16 bits takes 30 µs, up to 32 tokens."""
-    return x.device.type == "cpu" and x.numel() <= 32 * x.shape[-1]
-
-
-def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Weight | None:
-    """The (O, I) weight as `lora_linear` takes it; None where calling the base does more than multiply by it."""
-    if base._forward_hooks or base._forward_pre_hooks or any(p.requires_grad for p in base.parameters()):
-        return None
-    if type(base) is QuantizedLinear and dtype.is_floating_point:
-        return partial(quantized_linear, q=base.quantized), partial(product_back, q=base.quantized)
-    return base.weight if type(base) is nn.Linear and base.weight.dtype == dtype else None
-
-
 @register("lora")
 class LoRA(Adapter):
     Config = LoRAConfig
+    fused = fused
+    projected = classmethod(projected)  # type: ignore[assignment]
+    grouped = classmethod(grouped)  # type: ignore[assignment]
 
     def __init__(self, config: LoRAConfig, base: nn.Module) -> None:
         super().__init__(config, base)
@@ -115,63 +98,3 @@ class LoRA(Adapter):
             return super().param_groups(lr)
         others = [p for p in self.parameters() if p.requires_grad and p is not self.lora_B]
         return [{"params": others, "lr": lr}, {"params": [self.lora_B], "lr": lr * self.lr_ratio}]
-
-    def fused(self, x: Tensor, base: nn.Module) -> Tensor | None:
-        """The same sum without a tensor of its own for the update: it is added inside the second small product.
-
-        With 16-bit activations both products run in 16 bits; rounding A, B and x Aᵀ changes the update by a few units
-        of its last place.
-        """
-        if torch.is_autocast_enabled(x.device.type):  # the dtypes of x and y then say nothing of each other
-            return None
-        if (y := self.projected([self], x, [base])) is not None:
-            return y[0]
-        A, B, half = self.lora_A, self.lora_B, x.dtype in (torch.bfloat16, torch.float16)
-        if not (half or x.dtype == A.dtype) or (self.training and self.dropout > 0):
-            return None
-        y = base(x)
-        if half and is_short(x):
-            return y.add(F.linear(F.linear(x.to(A.dtype), A), B).to(y.dtype), alpha=self.scaling)
-        h = self.scaling * F.linear(x, A.to(x.dtype)).reshape(-1, len(A))  # (..., I) -> (N, R)
-        y_rows, up = y.reshape(-1, y.shape[-1]), B.to(x.dtype).T.contiguous()
-        if torch.is_grad_enabled() or base._forward_hooks:  # a hook may have kept y
-            return torch.addmm(y_rows, h, up).view_as(y)
-        return y_rows.addmm_(h, up).view_as(y)
-
-    @classmethod
-    def projected(cls, adapters: list[Any], x: Tensor, bases: list[nn.Module]) -> tuple[Tensor, ...] | None:
-        """One function with its own backward: x is kept once, the A's are one product, no sum has memory of its own."""
-        dropping = any(a.training and a.dropout > 0 for a in adapters)
-        if dropping or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return None
-        weights = [frozen_weight(base, x.dtype) for base in bases]
-        if None in weights:
-            return None
-        factors = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
-        return lora_linear(x, weights, [base.bias for base in bases], *factors, [a.scaling for a in adapters])  # type: ignore[arg-type, misc]
-
-    @classmethod
-    def grouped(cls, rows: list[tuple[Any, float]], dtype: torch.dtype) -> Sum | None:
-        """Two batched products for all rows; smaller ranks are filled up with zeros."""
-        adapters = list(dict.fromkeys(a for a, _ in rows if a is not None))
-        if not dtype.is_floating_point or any(a.training and a.dropout > 0 for a in adapters):
-            return None
-        rank = max(len(a.lora_A) for a in adapters)
-        A = torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - len(a.lora_A))) for a in adapters])  # (K, R, I)
-        up = torch.stack([F.pad(a.lora_B.T, (0, 0, 0, rank - len(a.lora_A))) for a in adapters])  # (K, R, O)
-        index = torch.tensor([0 if a is None else adapters.index(a) for a, _ in rows], device=A.device)  # (N,)
-        scaling = A.new_tensor([0.0 if a is None else w * a.scaling for a, w in rows])  # (N,)
-        product = lora_grouped if A.is_cuda or mode() == "triton" else lora_grouped_ref
-
-        @cache
-        def factors(short: bool) -> tuple[Any, ...]:
-            kind = A.dtype if short or dtype.itemsize != 2 else dtype
-            if A.is_cuda:
-                return A.to(kind), up.mT.to(kind), scaling, index
-            return A[index].to(kind), (up[index] * scaling[:, None, None]).to(kind).mT, None, None
-
-        def act(x: Tensor, y: Tensor) -> Tensor:
-            x = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])
-            return y + product(x, *factors(is_short(x))).view_as(y).to(y.dtype)
-
-        return act

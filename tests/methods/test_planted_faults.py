@@ -174,6 +174,17 @@ class FusedIsAnotherSum(LoRA):
         return base(x) + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
 
+class FusedIsAnotherSumWithoutGradients(LoRA):
+    """Right in training; what generation runs forgets the scaling."""
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return super().forward(x, y, base)
+
+    def fused(self, x: Tensor, base: nn.Module) -> Tensor | None:
+        y = self(x, base(x), base)
+        return y if torch.is_grad_enabled() else (y + base(x)) / 2
+
+
 class GroupsWithoutWeights(LoRA):
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return super().forward(x, y, base)
@@ -250,6 +261,7 @@ FAULTS = {
     LooseTensor: "all tensors are parameters or buffers",
     ChangesTheBase: "the base is never changed, and detach brings it back",
     FusedIsAnotherSum: "fused == forward",
+    FusedIsAnotherSumWithoutGradients: "fused == forward",
     GroupsWithoutWeights: "rows of a batch run as if alone",
     TrainsATensorTwice: "the hooks keep their promises",
     PenaltyOfAnotherShape: "the hooks keep their promises",

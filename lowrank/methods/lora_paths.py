@@ -1,0 +1,143 @@
+"""Quicker ways to the sum of `lora.py`, which is their definition: what LoRA's `fused`, `projected` and `grouped` do.
+
+    with gradients      one autograd function for layers that share an input (`kernels/lora_linear.py`)
+    without             in place in y = base(x), which nobody else has yet
+    an adapter a row    two batched products for all rows of the batch (`kernels/lora_grouped.py`)
+
+A decoding step on a CPU is many small calls. There the rows' update is one loop, compiled where `lowrank doctor
+--compile` was run (`quant/compiled.py`); it reads the factors once, at the speed of memory.
+"""
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.by_row import Sum
+from lowrank.kernels.dispatch import mode
+from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref
+from lowrank.kernels.lora_linear import Weight, lora_linear
+from lowrank.quant import compiled
+from lowrank.quant.linear import QuantizedLinear, product_back
+from lowrank.quant.linear import linear as quantized_linear
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def fused(adapter: Any, x: Tensor, base: nn.Module) -> Tensor | None:
+    """Base and adapter, without a tensor of its own for the update.
+
+    With 16-bit activations both products of many tokens run in 16 bits; rounding A, B and x Aᵀ changes the update by a
+    few units of its last place.
+    """
+    if torch.is_grad_enabled():
+        return None if (together := projected(type(adapter), [adapter], x, [base])) is None else together[0]
+    if (adapter.training and adapter.dropout > 0) or not x.is_floating_point():
+        return None
+    A, B = adapter._parameters["lora_A"], adapter._parameters["lora_B"]  # nn.Module's own way takes longer
+    short = is_short(x)
+    if not short and (x.dtype not in (A.dtype, *HALF) or torch.is_autocast_enabled(x.device.type)):
+        return None
+    y: Tensor = base(x)
+    if base._forward_hooks:  # one may have kept y
+        y = y.clone()
+    if short:
+        return y.add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=adapter.scaling)
+    h = F.linear(x, A.to(x.dtype)).reshape(-1, len(A))  # (..., I) -> (N, R)
+    return y.reshape(-1, y.shape[-1]).addmm_(h, B.to(x.dtype).T.contiguous(), alpha=adapter.scaling).view_as(y)
+
+
+def is_short(x: Tensor) -> bool:
+    """Whether fp32 is quicker than 16 bits: on a CPU, where any product in 16 bits takes 30 µs, up to 32 tokens."""
+    return x.is_cpu and x.numel() <= 32 * x.shape[-1]
+
+
+def projected(method: type[Any], adapters: list[Any], x: Tensor, bases: list[nn.Module]) -> tuple[Tensor, ...] | None:
+    """One function with its own backward: x is kept once, the A's are one product, no sum has memory of its own."""
+    dropping = any(a.training and a.dropout > 0 for a in adapters)
+    if dropping or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return None
+    weights = [frozen_weight(base, x.dtype) for base in bases]
+    if None in weights:
+        return None
+    factors = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
+    return lora_linear(x, weights, [base.bias for base in bases], *factors, [a.scaling for a in adapters])  # type: ignore[arg-type, misc]
+
+
+def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Weight | None:
+    """The (O, I) weight as `lora_linear` takes it; None where calling the base does more than multiply by it."""
+    if base._forward_hooks or base._forward_pre_hooks or any(p.requires_grad for p in base.parameters()):
+        return None
+    if type(base) is QuantizedLinear and dtype.is_floating_point:
+        return partial(quantized_linear, q=base.quantized), partial(product_back, q=base.quantized)
+    return base.weight if type(base) is nn.Linear and base.weight.dtype == dtype else None
+
+
+def grouped(method: type[Any], rows: list[tuple[Any, float]], dtype: torch.dtype) -> Sum | None:
+    """Two batched products for all rows; smaller ranks are filled up with zeros."""
+    adapters = list(dict.fromkeys(a for a, _ in rows if a is not None))
+    if not dtype.is_floating_point or any(a.training and a.dropout > 0 for a in adapters):
+        return None
+    rank = max(len(a.lora_A) for a in adapters)
+    A = torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - len(a.lora_A))) for a in adapters])  # (K, R, I)
+    up = torch.stack([F.pad(a.lora_B.T, (0, 0, 0, rank - len(a.lora_A))) for a in adapters])  # (K, R, O)
+    index = torch.tensor([0 if a is None else adapters.index(a) for a, _ in rows], device=A.device)  # (N,)
+    scaling = A.new_tensor([0.0 if a is None else w * a.scaling for a, w in rows])  # (N,)
+    product = lora_grouped if A.is_cuda or mode() == "triton" else lora_grouped_ref
+
+    @cache
+    def factors(short: bool) -> tuple[Any, ...]:
+        kind = A.dtype if short or dtype.itemsize != 2 else dtype
+        if A.is_cuda:
+            return A.to(kind), up.mT.to(kind), scaling, index
+        return A[index].to(kind), (up[index] * scaling[:, None, None]).to(kind).mT, None, None
+
+    add = (
+        compiled.loop("lora_rows")
+        if (A.device.type, A.dtype, dtype) == ("cpu", torch.float32, torch.bfloat16)
+        else None
+    )
+
+    def act(x: Tensor, y: Tensor) -> Tensor:
+        given = factors(is_short(x))
+        x = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])  # (N, T, I)
+        if torch.is_grad_enabled():
+            return y + product(x, *given).view_as(y).to(y.dtype)
+        if add is not None and x.shape[1] == 1 and y.is_contiguous() and compiled.usable(y):
+            add([y.view(len(x), -1), x.contiguous()[:, 0], given[0], given[1].mT])
+            return y
+        return y.add_(product(x, *given).view_as(y))
+
+    return act
+
+
+def add_rows(y: Tensor, x: Tensor, A: Tensor, up: Tensor) -> None:
+    """y (N, O) += x Aᵀ up, row by row: bf16 and rounded once; A (N, R, I) and up (N, R, O) in fp32."""
+    h = _held((x.float()[:, None] * A).sum(-1))  # (N, R)
+    y.copy_((y.float() + (h[:, :, None] * up).sum(1)).to(y.dtype))
+
+
+def _held(x: Tensor) -> Tensor:
+    """x, computed once: what is inlined into a product would be worked out anew for each of its outputs."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def _waves(*shape: int) -> Tensor:
+    return (torch.arange(torch.Size(shape).numel()).float() * 1.7).sin().view(shape)
+
+
+def _rows_example() -> list[Tensor]:
+    """Sizes all different: what is compiled takes any."""
+    return [_waves(5, 96).bfloat16(), _waves(5, 80).bfloat16(), _waves(5, 8, 80), _waves(5, 8, 96)]
+
+
+def _close(want: Tensor, got: Tensor) -> bool:
+    """Sums of another order: now and then the other neighbour in bf16, which is 2⁻⁸ away."""
+    return bool((want.float() - got.float()).norm() <= 2**-8 * want.float().norm())
+
+
+_N, _R, _I, _O = ("rows:1", "rank:1", "inputs:1", "outputs:1")
+_FREE: list[dict[int, str] | None] = [{0: _N, 1: _O}, {0: _N, 1: _I}, {0: _N, 1: _R, 2: _I}, {0: _N, 1: _R, 2: _O}]
+compiled.SOURCES["lora_rows"] = compiled.Source(add_rows, _rows_example, _FREE, alike=_close)
