@@ -2,14 +2,15 @@
 
 SmolLM2-135M-Instruct from one bf16 safetensors folder, which is written first (ours also as the delivered GGUF, kept
 in its own 4 bits). Each system runs in processes of its own, in turn with the others, `--repeats` times; the median
-counts.
+counts. The loops that `lowrank doctor --compile` builds are built first, and one row of ours runs without them too.
 
     first token   from the start of loading, imports done, to the first new token: weights, tokenizer, a prompt of 7
     prefill       512 tokens through the model, logits of the last, in tokens/s
     decode        64 tokens after the first, greedy, for 1 row and for 8, in tokens/s of all rows
 
-The limit of decoding is reading the weights once a token: `bytes` over the bandwidth that one pass of sums over 256 MB
-of fp32 shows. Then the import of lowrank and of peft, and `lowrank --help`, as whole processes. --rows appends one JSON
+The limit of decoding one row is reading the weights once a token: their bytes over the bandwidth that one pass of sums
+over 256 MB of fp32 shows. That of prefill is the layers' products alone, at the speed of one of 2048 x 2048 x 2048 in
+bf16. Then the import of lowrank and of peft, and `lowrank --help`, as whole processes. --rows appends one JSON
 line to bench/results/models.jsonl. Peers: pip install transformers peft bitsandbytes==0.50.2.
 """
 
@@ -29,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "models.jsonl"
-SYSTEMS = ("lowrank bf16", "transformers bf16", "lowrank nf4-dq", "bitsandbytes nf4-dq", "lowrank keep (GGUF)")
+EAGER = "lowrank bf16, not compiled"
+OURS = {"lowrank bf16": None, EAGER: None, "lowrank nf4-dq": "nf4-dq", "lowrank keep (GGUF)": "keep"}
+SYSTEMS = (*OURS, "transformers bf16", "bitsandbytes nf4-dq")
 PROMPT = "The history of the village begins with"
 NEW, LONG = 64, 512
 
@@ -68,7 +71,7 @@ def ours(system: str, folder: str) -> dict[str, float]:
     from lowrank.models.generate import generate_ids
     from lowrank.models.load import load
 
-    quantize = {"lowrank bf16": None, "lowrank nf4-dq": "nf4-dq"}.get(system, "keep")
+    quantize = OURS[system]
     start = time.perf_counter()
     model, tokenizer = load("quickstart" if quantize == "keep" else folder, quantize=quantize, device="cpu", progress=False)  # fmt: skip  # noqa: E501
     assert tokenizer is not None
@@ -138,6 +141,26 @@ def bandwidth() -> float:
     return x.numel() * 4 / min(seconds(x.sum) for _ in range(5)) / 1e9
 
 
+def flops() -> float:
+    """GFLOP/s of a large product in bf16."""
+    import torch
+
+    x = torch.ones(2048, 2048, dtype=torch.bfloat16)
+    return 2 * 2048**3 / min(seconds(lambda: x @ x) for _ in range(5)) / 1e9
+
+
+def compiled_in() -> float | None:
+    """Build the compiled loops; the seconds it took, None where that cannot be done."""
+    from lowrank.models import one_row  # noqa: F401 - its loops are built too
+    from lowrank.quant import compiled
+
+    try:
+        return round(compiled.build(), 1)
+    except Exception as error:
+        print(f"nothing is compiled here: {error}")
+        return None
+
+
 def process(*arguments: str) -> float:
     """The median of 5 runs of a Python process, in seconds."""
     command = [sys.executable, *arguments]
@@ -162,6 +185,7 @@ def main() -> None:
         system, folder = args.run
         print(json.dumps((ours if system.startswith("lowrank") else theirs)(system, folder)))
         return
+    compile_s = compiled_in()
     peers = installed("transformers") and installed("bitsandbytes")
     systems = [system for system in SYSTEMS if peers or system.startswith("lowrank")]
     found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
@@ -170,15 +194,20 @@ def main() -> None:
         for _ in range(args.repeats):
             for system in systems:
                 command = [sys.executable, "-W", "ignore", "-m", "bench.bench_models", "--run", system, folder]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                env = {**os.environ, "LOWRANK_COMPILED": "off" if system == EAGER else "auto"}
+                out = subprocess.run(
+                    command, env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
                 found[system].append(json.loads(out.stdout.splitlines()[-1]))
     table = {s: {k: statistics.median(row[k] for row in rows) for k in rows[0]} for s, rows in found.items()}
     print("| system | first token | prefill 512 | decode 1 row | decode 8 rows |\n| --- | --- | --- | --- | --- |")
     for system, row in table.items():
         cells = f"{row['first token']:.2f} s | {row['prefill']:,.0f} | {row['decode 1']:.1f} | {row['decode 8']:.0f}"
         print(f"| {system} | {cells} |")
-    speed = bandwidth()
-    print(f"limit: {speed:.0f} GB/s; the bf16 weights are 269 MB, so {speed / 0.269:.0f} tokens/s at 1 row")
+    speed, products = bandwidth(), flops()
+    print(f"{speed:.0f} GB/s; the bf16 weights are 269 MB: at most {speed / 0.269:.0f} tokens/s at 1 row")
+    print(f"{products:.0f} GFLOP/s; 106 M weights in the layers: at most {products / 0.212:,.0f} tokens/s in prefill")
+    print(f"compiled in {compile_s} s, once for a machine")
     starts = {
         "import lowrank": process("-c", "import lowrank"),
         "lowrank --help": process("-m", "lowrank.cli", "--help"),
@@ -192,6 +221,8 @@ def main() -> None:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **machine,
             "GB/s": speed,
+            "GFLOP/s": products,
+            "compile_s": compile_s,
             **starts,
             "runs": found,
         }

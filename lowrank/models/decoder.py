@@ -337,7 +337,7 @@ class MLP(nn.Module):
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.act is F.silu:
-            return F.silu(gate).mul_(up) if quick(gate) else swiglu(gate, up)
+            return swiglu(gate, up)
         return self.act(gate) * up
 
 

@@ -55,7 +55,8 @@ def normed(x: Tensor, w: Tensor, eps: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return held((x * cos + x.float().roll(x.shape[-1] // 2, -1) * sin).to(BF16))  # (H, K), (K,)
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = x.float().chunk(2, -1), cos.chunk(2), sin.chunk(2)  # (H, K/2), (K/2,)
+    return held(torch.cat([(a * cos_a + b * sin_a).to(BF16), (b * cos_b + a * sin_b).to(BF16)], -1))
 
 
 def layer(
@@ -76,7 +77,7 @@ def layer(
     y = held((y / (share.sum(-1) + own)[..., None]).to(BF16).view(-1))  # (H K,)
     attended = held(x + product(wo, y, bo))
     h = normed(attended, mlp_norm, eps)
-    h = held(F.silu(product(wg, h, bg)) * product(wu, h, bu))
+    h = held((F.silu(product(wg, h, bg).float()) * product(wu, h, bu).float()).to(BF16))
     x.copy_(attended + product(wd, h, bd))
     k_new.copy_(k)
     v_new.copy_(v)
