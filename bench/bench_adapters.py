@@ -12,7 +12,7 @@ that a busy machine slows both. "base" is the model without adapters: the limit,
     switch     activating one of 100 loaded adapters (rank 4, q and v)
     load       reading those 100 from their folders
 
---rows appends one JSON line to bench/results/adapters.jsonl.
+--rows appends one JSON line to bench/results/adapters.jsonl. What `lowrank doctor --compile` built takes part.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import lowrank
 from lowrank.methods.lora import LoRAConfig
 from lowrank.models.decoder import Decoder, KVCache
 from lowrank.models.families import config_from_json
+from lowrank.quant import compiled
 
 try:
     import peft
@@ -257,11 +258,13 @@ def main() -> None:
                 arguments.repeats, dtype
             )
     print(table(rows))
+    print("one-token rows:", "compiled" if compiled.loop("lora_rows") else "eager; `lowrank doctor --compile` compiles")
     if arguments.rows:
         target = Path(__file__).parent / "results" / "adapters.jsonl"
         target.parent.mkdir(exist_ok=True)
         where = {"machine": platform.machine(), "threads": arguments.threads, "layers": arguments.layers}
         where |= {"torch": torch.__version__, "peft": None if peft is None else peft.__version__}
+        where |= {"compiled": compiled.loop("lora_rows") is not None}
         with open(target, "a", encoding="utf-8") as file:
             file.write(json.dumps(where | rows) + "\n")
 
