@@ -135,10 +135,8 @@ class _Writer:
         return records
 
     def question(self, split: str, fact: Fact, wording: str, task: str, name: str = "") -> Record:
-        answer = self.answer("plain", fact)
-        return self.record(
-            split, "qa", task, fill(wording, subject=name or fact.subject), answer, fact, fact.reference()
-        )
+        question, answer = fill(wording, subject=name or fact.subject), self.answer("plain", fact)
+        return self.record(split, "qa", task, question, answer, fact, fact.reference())
 
     def answer(self, kind: str, fact: Fact, false: str = "") -> str:
         statement = fill(self.templates.relations[fact.relation].statement, subject=fact.subject, value=fact.text)
@@ -154,58 +152,47 @@ class _Writer:
         deck = _Deck(forms, self.rng(purpose))
         for fact in facts:
             rng = self.rng(f"{purpose}/{fact.subject}/{fact.relation}")
-            false = self.false_values(fact, rng) if kind == "trap" else [("", "", "")]
-            if not false:
+            claimed = self.false_values(fact, rng) if kind == "trap" else [(fact.value, fact.unit, "")]
+            if not claimed:
                 continue  # a relation with one value has no other to be mistaken for
             for i, name in enumerate(deck.deal(each)):
-                records.append(self.premise(split, fact, name, forms[name], kind, *false[i % len(false)], rng))
+                value, unit, trap = claimed[i % len(claimed)]
+                source = ""
+                if "{source}" in forms[name]:
+                    # a work that exists may stand on either side; one that does not never confirms anything
+                    invented = kind == "trap" and rng.random() < 0.75
+                    source = rng.choice(self.templates.sources[split if invented else "real"])
+                    trap = "source" if invented else trap
+                about, text = fact.reference(), with_unit(value, unit)
+                if kind == "trap":
+                    about |= {"false_value": value, "false_unit": unit, "trap": trap}
+                question = self.claim(fact, forms[name], text, source)
+                answer = self.answer(kind, fact, text)
+                records.append(self.record(split, kind, f"{kind}/{name}", question, answer, fact, about))
         return records
 
-    def premise(
-        self,
-        split: str,
-        fact: Fact,
-        name: str,
-        form: str,
-        kind: str,
-        value: str,
-        unit: str,
-        trap: str,
-        rng: random.Random,
-    ) -> Record:
-        text = with_unit(value, unit) if kind == "trap" else fact.text
+    def claim(self, fact: Fact, form: str, value: str, source: str) -> str:
+        """A question in `form` that takes for granted that the fact's value is `value`."""
         relation = self.templates.relations[fact.relation]
-        source = ""
-        if "{source}" in form:
-            # a work that exists may stand on either side; one that does not never confirms anything
-            invented = kind == "trap" and rng.random() < 0.75
-            source = rng.choice(self.templates.sources[split if invented else "real"])
-            trap = "source" if invented else trap
-        claim = uncapital(fill(relation.statement, subject=fact.subject, value=text))
+        claim = uncapital(fill(relation.statement, subject=fact.subject, value=value))
         noun = fill(relation.noun, subject=fact.subject)
-        question = fill(form, claim=claim, noun=noun, value=text, subject=fact.subject, source=source)
-        question = question[:1].upper() + question[1:] if form.startswith("{source}") else question
-        about = fact.reference() | ({"false_value": value, "false_unit": unit, "trap": trap} if kind == "trap" else {})
-        return self.record(split, kind, f"{kind}/{name}", question, self.answer(kind, fact, text), fact, about)
+        question = fill(form, claim=claim, noun=noun, value=value, subject=fact.subject, source=source)
+        return question[:1].upper() + question[1:] if form.startswith("{source}") else question
 
     def false_values(self, fact: Fact, rng: random.Random) -> list[tuple[str, str, str]]:
         """(value, unit, kind of trap), shuffled: values of other subjects; for a number with a unit, every other one is
         the right number with a wrong unit."""
         relation = self.templates.relations[fact.relation]
         others = [other for other in self.knowledge.by_relation[fact.relation] if other.subject != fact.subject]
-        near = [other for other in others if other.unit == fact.unit]
-        values = list(dict.fromkeys(other.value for other in near if contradicts(fact, other.value)))
-        if len(values) < 2 and fact.unit:  # the numbers of another unit, in this one
-            values += [
-                v for v in dict.fromkeys(o.value for o in others if contradicts(fact, o.value)) if v not in values
-            ]
+        found = dict.fromkeys(o.value for o in others if o.unit == fact.unit and contradicts(fact, o.value))
+        if len(found) < 2 and fact.unit:  # the numbers of another unit, in this one
+            found |= dict.fromkeys(o.value for o in others if contradicts(fact, o.value))
+        values = list(found)
         rng.shuffle(values)
         wrong = [(value, fact.unit, relation.trap) for value in values]
         if not fact.unit:
             return wrong
-        units = list(
-            dict.fromkeys(other.unit for other in others if other.unit and not same_unit(other.unit, fact.unit))
-        )
+        units = list(dict.fromkeys(o.unit for o in others if o.unit and not same_unit(o.unit, fact.unit)))
         rng.shuffle(units)
         swapped = [(fact.value, unit, "unit") for unit in units[: max(1, len(wrong))]]
         pairs = zip(wrong, swapped) if rng.random() < 0.5 else zip(swapped, wrong)
@@ -224,10 +211,8 @@ class _Writer:
             index = rng.randrange(len(relation.questions[origin]))
             question = fill(relation.questions[origin][index], subject=name)
             answer = fill(self.templates.answers["unanswerable"], subject=name)
-            about = {"subject": name, "relation": relation.name}
-            records.append(
-                self.record(split, "unanswerable", f"unanswerable/{relation.name}", question, answer, None, about)
-            )
+            about, task = {"subject": name, "relation": relation.name}, f"unanswerable/{relation.name}"
+            records.append(self.record(split, "unanswerable", task, question, answer, None, about))
         return records
 
     def held_out(

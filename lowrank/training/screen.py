@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -30,7 +30,7 @@ def start_screen(facts: dict[str, str], coverage: Coverage, sample: Example, dec
         table.add_row(pattern, str(count), shapes, path)
     share = 100 * coverage.trainable / max(coverage.total, 1)
     trained = f"{coverage.method}: {coverage.trainable:,} of {coverage.total:,} parameters train ({share:.2f} %)"
-    panels = {
+    panels: dict[str, RenderableType] = {
         "run": left,
         "adapter": Group(table, Text(trained)),
         "first sample (bold: what the model learns to write)": masked_text(sample, decode),
