@@ -22,7 +22,7 @@ from lowrank.quant.codebooks import codebook
 PIECE = 2**20  # values decoded at a time: 4 MB of fp32
 ENCODE_PIECE = 2**18
 CELLS = 2048
-COMPILED_PIECE = 2**22  # values a call
+COMPILED_PIECE = 2**21  # values a call: what is computed for their blocks stays in the cache
 COMPILED = ("nf4", "fp4", "int4")  # c_k · A and no zero point
 SAFE = 2.0**-100, 2.0**100  # where 1 / absmax is a normal number, far from both ends
 
@@ -99,18 +99,26 @@ def _decode_compiled(out: Tensor, format: str, codes: Tensor, scales: Tensor, bl
     """Fill the front of a bf16 `out` by the compiled loop where there is one; how many values that were."""
     if out.dtype != torch.bfloat16 or format not in COMPILED or not compiled.usable(out) or out.storage_offset() % 2:
         return 0
-    each = compiled.TILE * block_size
-    run, tiles = compiled.loop("decode"), out.numel() // each
-    if run is None or tiles < 2:
+    run, each = compiled.loop("decode"), max(block_size, 2 * compiled.PIECE)  # torch.export makes a size of 1 special
+    n = out.numel() // each * each
+    if run is None or not n:
         return 0
-    words = out[: tiles * each].view(torch.int32).view(tiles, compiled.TILE, -1)
-    codes = codes[: tiles * each // 2].contiguous().view_as(words)
-    scales = scales[: tiles * compiled.TILE].float().contiguous().view(tiles, compiled.TILE)
-    for start in range(0, tiles, step := max(2, COMPILED_PIECE // each)):
-        start = min(start, tiles - 2)  # torch.export makes a size of 1 another program
-        part = slice(start, start + step)
-        run([words[part], codes[part], scales[part], codebook(format)])
-    return tiles * each
+    words, bytes = out[:n].view(torch.int32).view(-1, 2, 16), codes[: n // 2].contiguous().view(-1, 2, 16)
+    scales = piece_scales(scales, block_size)[: n // min(block_size, compiled.PIECE)]
+    # A piece of two blocks of 32 is two pieces, each of the same half twice.
+    halves = [(0, 1, scales)] if block_size >= compiled.PIECE else [(i, i, scales[i::2].contiguous()) for i in (0, 1)]
+    for i, j, each_scale in halves:
+        tensors = words[:, i], words[:, j], bytes[:, i], bytes[:, j], each_scale
+        for start in range(0, len(each_scale), step := COMPILED_PIECE // compiled.PIECE):
+            start = min(start, len(each_scale) - 2)
+            run([x[start : start + step] for x in tensors] + [codebook(format), compiled.ones(torch.int32)])
+    return n
+
+
+def piece_scales(scales: Tensor, block_size: int) -> Tensor:
+    """The scale of each piece of a compiled loop in fp32 (of each block where that is smaller)."""
+    scales = scales.float().contiguous()
+    return scales if block_size <= compiled.PIECE else scales.repeat_interleave(block_size // compiled.PIECE)
 
 
 @cache

@@ -1,12 +1,12 @@
-"""The codec's two inner loops, compiled ahead of time where there is a C++ compiler: 4 bits to bf16, and back.
+"""The codec's inner loops, compiled ahead of time where there is a C++ compiler: 4 bits to bf16, and back.
 
 `lowrank doctor --compile` builds them once for a machine, into the cache folder. A process loads what it finds there in
 a few milliseconds and never compiles; without it, or with LOWRANK_COMPILED=off, the eager loops of `codec.py` run. Both
 give the same bits: a loaded loop is tried against its own source run eagerly, and left alone where it differs.
 
 Decoding. A block has only 16 values v_k = bf16(c_k A). A byte gives two of them, which are the halves of one int32.
-Each bit of a code becomes a mask of its half, and ands and xors select, by the form that every function of four bits
-has: ⊕_S a_S ∏_{j in S} bit_j with a_S = ⊕_{k in S} v_k. That is the shortest way in 32-bit lanes, which have no table.
+Each bit of a code becomes a mask of its half, and halves the values to choose from. That is the shortest way in lanes
+of 32 bits, which have no table. Its limit is the arithmetic: about 39 instructions of AVX-512 for 32 weights.
 """
 
 import hashlib
@@ -28,28 +28,59 @@ from lowrank.files import cache_folder
 from lowrank.kernels.nf4_codec import decision_bounds, encode_ref
 from lowrank.quant.codebooks import codebook
 
-TILE = 16  # blocks that are decoded together, one in each lane
+PIECE = 64  # weights decoded together: two vectors of 16 bytes share the 16 values of their block
 MODES = ("auto", "off")
 
 
-def decode_tiles(out: Tensor, codes: Tensor, scales: Tensor, table: Tensor) -> None:
-    """out (B, 16, G/2) int32, two bf16 each; codes (B, 16, G/2) uint8; scales (B, 16) fp32; table (16,) fp32."""
-    a = []
-    for k in range(16):
-        bits = (scales * table[k]).view(torch.int32)
-        bits = bits + ((bits >> 16) & 1) + 0x7FFF  # to bf16: nearest, ties to even
-        a.append((bits & -0x10000) | ((bits >> 16) & 0xFFFF))
+def _values(scales: Tensor, table: Tensor) -> Tensor:
+    """c_k A rounded to bf16 (nearest, ties to even), in the upper half.  (...), (16,) -> (..., 16) int32"""
+    bits = (scales[..., None] * table).view(torch.int32)
+    return bits + ((bits >> 16) & 1) + 0x7FFF
+
+
+def _once(x: Tensor) -> list[Tensor]:
+    """The last dimension apart. as_strided makes inductor compute x once, before its use, and not for each vector."""
+    return [part[..., None] for part in torch.as_strided(x, x.shape, x.stride()).unbind(-1)]
+
+
+def _select(values: list[Tensor], codes: Tensor, bits: int, ones: Tensor) -> Tensor:
+    """The value that each code names; `bits` has a 1 at the first bit of each code, 4 places up.
+
+    A mask is a bit times `ones`, 0xFFFF: from a number the compiler would make a shift and a subtraction.
+    """
     for j in range(4):
-        a = [a[k] ^ a[k - (1 << j)] if k >> j & 1 else a[k] for k in range(16)]
-    coefficients = torch.stack(a, dim=1)[..., None]  # (B, 16 subsets, 16 blocks, 1)
-    byte = codes.int()
-    halves = byte | byte << 20  # >> 4: the first code at bit 0, the second at bit 16
-    terms = list(coefficients.unbind(1))
-    for j in range(4):
-        bit = halves >> (4 + j) & 0x10001
-        mask = (bit << 16) - bit
-        terms = [x ^ (y & mask) for x, y in zip(terms[0::2], terms[1::2])]
-    out.copy_(terms[0])
+        mask = (codes >> (4 + j) & bits) * ones
+        values = [(x & ~mask) | (y & mask) for x, y in zip(values[0::2], values[1::2])]
+    return values[0]
+
+
+def decode_pieces(
+    first: Tensor, second: Tensor, low: Tensor, high: Tensor, scales: Tensor, table: Tensor, ones: Tensor
+) -> None:
+    """first, second (N, 16) int32, two bf16 each, from low, high (N, 16) uint8; scales (N,); table (16,); ones (1,)."""
+    bits = _values(scales, table)
+    values = _once((bits & -0x10000) | ((bits >> 16) & 0xFFFF))
+    for out, codes in ((first, low), (second, high)):
+        byte = codes.int()
+        out.copy_(_select(values, byte | byte << 20, 0x10001, ones))
+
+
+def decode_turned(out: Tensor, codes: Tensor, scales: Tensor, table: Tensor, ones: Tensor) -> None:
+    """Into the order of `packed._Turned`: out (O/2, I/64, 32) int64; codes (O/2, 2, I/64, 32); scales (O/2, 2, I/64).
+
+    An int64 is two columns of two rows: a byte of the one row and the byte below it.
+    """
+    upper, lower = (_values(row, table) for row in scales.unbind(1))
+    both = (((upper >> 16) & 0xFFFF) | (lower & -0x10000)).long()
+    values = _once((both & 0xFFFFFFFF) | both << 32)
+    byte, below = (row.int() for row in codes.unbind(1))
+    bytes = (byte | below << 16).long()
+    out.copy_(_select(values, bytes | bytes << 36, 0x1000100010001, ones))
+
+
+def decode_scales(out: Tensor, codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> None:
+    """`double.dequantize_scales`: out (B, 256) fp32; codes (B, 256) uint8; nested (B,); offset (); levels (256,)."""
+    out.copy_(torch.embedding(levels[:, None], codes.int())[..., 0] * nested[:, None] + offset)
 
 
 def encode_blocks(packed: Tensor, absmax: Tensor, pairs: Tensor, bounds: Tensor) -> None:
@@ -95,10 +126,29 @@ class Source:
     """Whether a result is right, given the eager one."""
 
 
+@cache
+def ones(dtype: torch.dtype) -> Tensor:
+    return torch.tensor([0xFFFF], dtype=dtype)
+
+
 def _decode_example() -> list[Tensor]:
+    """64 blocks of 64 in NF4."""
     codes, absmax = encode_ref(_encode_example()[2].view(torch.float32), codebook("nf4"), 64)
-    out = torch.empty(4, TILE, 32, dtype=torch.int32)
-    return [out, codes.view(4, TILE, 32), absmax.view(4, TILE), codebook("nf4")]
+    parts = [codes.view(64, 2, 16)[:, i] for i in (0, 1)]
+    low, high = (torch.empty_strided((64, 16), (32, 1), dtype=torch.uint8).copy_(part) for part in parts)
+    outs = [torch.empty_strided((64, 16), (32, 1), dtype=torch.int32) for _ in parts]
+    return [*outs, low, high, absmax, codebook("nf4"), ones(torch.int32)]
+
+
+def _turned_example() -> list[Tensor]:
+    codes, absmax = encode_ref(_encode_example()[2].view(torch.float32), codebook("nf4"), 64)
+    out = torch.empty(4, 8, 32, dtype=torch.int64).transpose(0, 1)
+    return [out, codes.view(8, 2, 4, 32), absmax.view(8, 2, 4), codebook("nf4"), ones(torch.int64)]
+
+
+def _scales_example() -> list[Tensor]:
+    codes = torch.arange(512, dtype=torch.int32).to(torch.uint8).view(2, 256)
+    return [torch.empty(2, 256), codes, torch.tensor([0.3, 0.7]), torch.tensor(0.1), codebook("dynamic8")]
 
 
 def _encode_example() -> list[Tensor]:
@@ -108,12 +158,16 @@ def _encode_example() -> list[Tensor]:
     return [packed, torch.zeros(64), w.view(torch.int64), bounds]
 
 
-_B, _W = "blocks:2", "bytes:16"
-_ONE_LOOP = ("realize_opcount_threshold", "realize_reads_threshold", "max_fusion_size")  # all coefficients together
+_B, _C, _W = "blocks:2", "columns:2", "bytes:16"
+_ONE_LOOP = ("realize_opcount_threshold", "realize_reads_threshold", "max_fusion_size")
+_LARGE: dict[str, object] = dict.fromkeys(_ONE_LOOP, 10**5)
+_UNCHECKED: dict[str, object] = {"assert_indirect_indexing": False}  # a byte is below 256
 SOURCES = {
-    "decode": Source(
-        decode_tiles, _decode_example, [{0: _B, 2: _W}, {0: _B, 2: _W}, {0: _B}, None], dict.fromkeys(_ONE_LOOP, 10**5)
+    "decode": Source(decode_pieces, _decode_example, [*[{0: _B}] * 5, None, None], _LARGE),
+    "turned": Source(
+        decode_turned, _turned_example, [{0: _B, 1: _C}, {0: _B, 2: _C}, {0: _B, 2: _C}, None, None], _LARGE
     ),
+    "scales": Source(decode_scales, _scales_example, [{0: _B}, {0: _B}, {0: _B}, None, None], _UNCHECKED),
     "encode": Source(encode_blocks, _encode_example, [{0: _B, 1: _W}, {0: _B}, {0: _B, 1: _W}, None]),
 }
 
@@ -181,6 +235,6 @@ def usable(tensor: Tensor) -> bool:
 
 def describe() -> str:
     """Which of the two ways this process goes."""
-    if loop("decode") and loop("encode"):
+    if all(map(loop, ("decode", "turned", "scales", "encode"))):
         return f"decoded by loops compiled for this machine ({folder()})"
     return "decoded by eager torch; `lowrank doctor --compile` compiles the loops (once, about a minute)"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels.nf4_codec import blocks_of, decision_bounds
+from lowrank.quant import compiled
 from lowrank.quant.codebooks import codebook
 from lowrank.quant.codec import look_up
 
@@ -44,5 +45,11 @@ def quantize_scales(absmax: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
 
 def dequantize_scales(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """Â = c · a + m, two roundings.  -> (N,) fp32"""
-    values = look_up(codebook("dynamic8", codes.device), codes, torch.empty_like(codes, dtype=torch.float32))
-    return blocks_of(values, NESTED_BLOCK).mul_(nested[:, None]).view(-1)[: codes.numel()].add_(offset)
+    n, levels = codes.numel(), codebook("dynamic8", codes.device)
+    values = torch.empty_like(codes, dtype=torch.float32)
+    run = compiled.loop("scales") if compiled.usable(codes) else None
+    if run is not None and n >= 2 * NESTED_BLOCK and n % NESTED_BLOCK == 0:
+        run([values.view(-1, NESTED_BLOCK), codes.view(-1, NESTED_BLOCK), nested, offset, levels])
+        return values
+    look_up(levels, codes, values)
+    return blocks_of(values, NESTED_BLOCK).mul_(nested[:, None]).view(-1)[:n].add_(offset)

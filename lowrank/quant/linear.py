@@ -18,11 +18,15 @@ from lowrank.kernels.nf4_linear import nf4_linear, nf4_linear_dx
 from lowrank.quant.codebooks import codebook
 from lowrank.quant.codec import decode_into, workspace
 from lowrank.quant.formats import parse_format
-from lowrank.quant.packed import PACKED_ROWS, ordered_product, ordered_product_works, pack_product, packable
+from lowrank.quant.packed import (
+    PACKED_ROWS,
+    ordered_product,
+    ordered_product_works,
+    pack_product,
+    packable,
+    turned_product,
+)
 from lowrank.quant.tensor import QuantizedTensor
-
-CHUNK = 2**22  # weights of one part: 8 MB of bf16, which stay in the cache until the product has read them
-FEW_ROWS = 512  # above, a product in parts loses more to reading dy again than it gains
 
 
 def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -33,26 +37,11 @@ def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
-    """dy Q; a large Q is decoded some columns at a time: then each sum over O is one product.  (..., O) -> (..., I)"""
-    O, I = q.shape
+    """dy Q.  (..., O) -> (..., I)"""
     if q.format == "nf4" and use_triton(dy, q.codes):
-        return nf4_linear_dx(dy, q.codes, q.scales, I, q.block_size, _second_level(q))
-    step, few = max(1, CHUNK // max(O * q.block_size, 1)), dy.numel() <= FEW_ROWS * O
-    if step * q.block_size >= I or I % q.block_size or not few or dy.device.type != "cpu":
-        return dy @ dense(q, dy.dtype)
-    blocks = I // q.block_size
-    codes, scales = q.codes.view(O, blocks, -1), q.block_scales().view(O, blocks)
-    zeros = None if q.zeros is None else q.zeros.view(O, blocks)
-    flat = dy.reshape(-1, O)
-    dx = flat.new_empty(flat.shape[0], I)
-    for start in range(0, blocks, step):
-        part = slice(start, start + step)
-        part_scales = scales[:, part].reshape(-1)
-        w = workspace.take("dense", part_scales.numel() * q.block_size, dy.dtype, dy.device)
-        part_zeros = None if zeros is None else zeros[:, part].reshape(-1)
-        decode_into(w, q.format, codes[:, part].reshape(-1), part_scales, part_zeros, q.block_size)
-        torch.mm(flat, w.view(O, -1), out=dx[:, start * q.block_size : (start + step) * q.block_size])
-    return dx.view(*dy.shape[:-1], I)
+        return nf4_linear_dx(dy, q.codes, q.scales, q.shape[1], q.block_size, _second_level(q))
+    dx = turned_product(dy, q)
+    return dy @ dense(q, dy.dtype) if dx is None else dx
 
 
 class _Linear(torch.autograd.Function):

@@ -7,6 +7,8 @@ product rounds its scales to bf16, an error of the size that a product in bf16 h
 product's bits.
 """
 
+import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -16,10 +18,13 @@ from torch import Tensor
 
 from lowrank.kernels.nf4_codec import unpack
 from lowrank.quant import compiled
+from lowrank.quant.codebooks import codebook
+from lowrank.quant.codec import COMPILED, piece_scales
 from lowrank.quant.tensor import QuantizedTensor
 
 PACKED_ROWS = 8  # from here on it is no faster than decoding and a dense product
 GROUPS = (32, 64, 128, 256)
+TURNED_BYTES = 2**28  # of workspaces in a thread
 
 
 def packable(q: QuantizedTensor, x: Tensor) -> bool:
@@ -69,6 +74,54 @@ def ordered_product_works() -> bool:
         return torch.equal(ordered_product(w, w[:, 0].contiguous())(x), F.linear(x, w, w[:, 0].contiguous()))
     except (AttributeError, RuntimeError):  # gone, or not for this CPU
         return False
+
+
+class _Turned(threading.local):
+    """Workspaces in oneDNN's order of Wᵀ, [I/64][O/2][64][2]: the pair of two rows in each of 64 columns.
+
+    One for each shape, at most TURNED_BYTES together, the oldest dropped first. The order is oneDNN's secret, so each
+    is made from a weight that holds where its elements belong, and is used if they are there.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+
+    def take(self, O: int, I: int) -> tuple[Tensor, Tensor | None]:
+        """The weight as oneDNN takes it, and its memory (O/2, I/64, 32) int64: None if the order is another one."""
+        if (O, I) not in self.kept:
+            while self.kept and sum(o * i for o, i in self.kept) + O * I > TURNED_BYTES // 2:
+                self.kept.pop(next(iter(self.kept)))
+            with torch.inference_mode(False):
+                row, column = (torch.arange(I) * 24593).short()[:, None], (torch.arange(O) * 769).short()
+                at = (row + column) & 0x3FFF  # of which no one is NaN in bf16
+                ordered = torch.ops.mkldnn._reorder_linear_weight(at.view(torch.bfloat16))
+                place, size = torch.ops.mkldnn.data_ptr(ordered), torch.ops.mkldnn._nbytes(ordered)
+                memory = torch.frombuffer((ctypes.c_char * size).from_address(place), dtype=torch.int16)
+                known = torch.equal(memory, at.view(I // 64, 64, O // 2, 2).transpose(1, 2).reshape(-1))
+                words = memory.view(torch.int64).view(I // 64, O // 2, 32).transpose(0, 1) if known else None
+            self.kept[O, I] = ordered, words
+        return self.kept[O, I]
+
+
+_turned = _Turned()
+
+
+def turned_product(dy: Tensor, q: QuantizedTensor) -> Tensor | None:
+    """dy Q by a loop that decodes Q straight into oneDNN's order of Qᵀ; None where that cannot be."""
+    O, I = q.shape
+    fits = O % 2 == 0 and O > 2 and I % max(q.block_size, 64) == 0 and I > 64 and 2 * O * I <= TURNED_BYTES
+    if not fits or dy.dtype != torch.bfloat16 or q.format not in COMPILED or q.block_size < compiled.PIECE:
+        return None
+    run = compiled.loop("turned") if compiled.usable(dy) and compiled.usable(q.codes) else None
+    if run is None or not ordered_product_works():
+        return None
+    weight, words = _turned.take(O, I)
+    if words is None:
+        return None
+    scales = piece_scales(q.block_scales(), q.block_size).view(O // 2, 2, -1)
+    codes = q.codes.contiguous().view(O // 2, 2, -1, 32)
+    run([words, codes, scales, codebook(q.format), compiled.ones(torch.int64)])
+    return torch.ops.mkldnn._linear_pointwise.default(dy, weight, None, "none", [], "")  # type: ignore[no-any-return]
 
 
 @cache

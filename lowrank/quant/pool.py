@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-SMALLEST = 2**20  # bytes; the allocator reuses smaller ones by itself
+SMALLEST = 2**21  # bytes; the allocator reuses smaller ones by itself
 IDLE_LIMIT = 256 * 2**20  # bytes kept without a user
 
 

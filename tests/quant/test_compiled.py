@@ -4,15 +4,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowrank.kernels.nf4_codec import decision_bounds, decode_ref, encode_ref
-from lowrank.quant import compiled
+from lowrank.quant import codec, compiled, packed
 from lowrank.quant.codebooks import codebook
+from lowrank.quant.double import dequantize_scales, quantize_scales
+from lowrank.quant.linear import product_back
 from lowrank.quant.packed import describe
+from lowrank.quant.tensor import QuantizedTensor
 
 TABLES = ("nf4", "fp4")
 
@@ -49,15 +53,71 @@ def test_encoding_is_the_reference(format: str, block_size: int) -> None:
     assert torch.equal((order[ranks.int() >> 4] << 4 | order[ranks.int() & 15]).view(-1), codes)
 
 
+@pytest.fixture
+def as_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops' sources, run eagerly where the compiled ones would run."""
+    run = cache(lambda name: lambda tensors: compiled.SOURCES[name].function(*tensors))
+    monkeypatch.setattr(compiled, "loop", run)
+
+
 @pytest.mark.parametrize("format", [*TABLES, "int4"])
-@pytest.mark.parametrize("block_size", [32, 64, 4096])
-def test_decoding_is_the_reference(format: str, block_size: int) -> None:
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+@pytest.mark.usefixtures("as_python")
+def test_decoding_is_the_reference(format: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "COMPILED_PIECE", 256)
     w, table = weights(block_size), codebook(format)
     codes, absmax = encode_ref(w, table, block_size)
-    out = torch.empty(2, 16, block_size // 2, dtype=torch.int32)
-    compiled.decode_tiles(out, codes.view(out.shape), absmax.view(2, 16), table)
-    want = decode_ref(codes, absmax, table, w.numel(), torch.bfloat16, block_size)
-    assert torch.equal(out.view(torch.bfloat16).view(-1), want)
+    for n in (w.numel(), w.numel() - 7, block_size + 70):  # whole, with a partial block, hardly anything
+        out = torch.empty(n, dtype=torch.bfloat16)
+        blocks = -(-n // block_size)
+        codec.decode_into(out, format, codes[: -(-n // 2)], absmax[:blocks], None, block_size)
+        assert torch.equal(out, decode_ref(codes, absmax, table, w.numel(), torch.bfloat16, block_size)[:n])
+
+
+@pytest.mark.parametrize("blocks", [1, 255, 256, 512, 768, 1000])
+@pytest.mark.usefixtures("as_python")
+def test_decoding_scales_is_the_reference(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, nested, offset = quantize_scales(torch.rand(blocks, generator=torch.Generator().manual_seed(0)))
+    got = dequantize_scales(codes, nested, offset)
+    monkeypatch.setattr(compiled, "usable", lambda tensor: False)
+    assert torch.equal(got, dequantize_scales(codes, nested, offset))
+
+
+@pytest.mark.parametrize(("format", "block_size"), [("nf4-dq", 64), ("fp4", 64), ("int4", 64), ("nf4", 256)])
+@pytest.mark.usefixtures("as_python")
+def test_turned_weights_lie_where_oneDNN_reads_them(format: str, block_size: int) -> None:
+    if not packed.ordered_product_works():
+        pytest.skip("this torch or CPU has no oneDNN product for bf16")
+    q = QuantizedTensor.quantize(torch.randn(96, 256, generator=torch.Generator().manual_seed(0)), format, block_size)
+    w, dy = q.dequantize(torch.bfloat16), torch.randn(2, 3, 96).bfloat16()
+    for grad in (dy, torch.ones(()).bfloat16().expand(2, 3, 96)):
+        dx = packed.turned_product(grad, q)
+        assert dx is not None
+        torch.testing.assert_close(dx, grad @ w, rtol=2**-7, atol=2**-5)
+    words = packed._turned.take(*q.shape)[1]
+    assert words is not None
+    want = w.view(48, 2, 4, 64).permute(0, 2, 3, 1).reshape(48, 4, 128)  # [O/2][I/64][64][2]
+    assert torch.equal(words.contiguous().view(torch.bfloat16), want)
+
+
+@pytest.mark.usefixtures("as_python")
+def test_turned_weights_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packed.ordered_product_works():
+        pytest.skip("this torch or CPU has no oneDNN product for bf16")
+    monkeypatch.setattr(packed, "TURNED_BYTES", 2 * 2**15)
+    monkeypatch.setattr(packed, "_turned", packed._Turned())
+
+    def kept(*shape: int) -> list[tuple[int, int]]:
+        q = QuantizedTensor.quantize(torch.randn(shape), "nf4")
+        dy = torch.randn(3, shape[0]).bfloat16()
+        assert torch.equal(product_back(dy, q), dy @ q.dequantize(torch.bfloat16))
+        return list(packed._turned.kept)
+
+    assert kept(128, 128) == kept(128, 128) == [(128, 128)]
+    assert kept(64, 256) == [(128, 128), (64, 256)]
+    assert kept(4, 128) == [(64, 256), (4, 128)]  # the oldest went
+    for unfit in ((256, 256), (7, 128), (8, 64), (8, 96)):  # too large, odd, narrow, blocks across rows
+        assert kept(*unfit) == [(64, 256), (4, 128)]
 
 
 def test_it_is_chosen_once_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,14 +148,15 @@ draw = torch.Generator().manual_seed(0)
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for format in ("nf4", "nf4-dq", "fp4", "fp4-dq", "int4", "int4-affine", "int8"):
-        for block_size in (32, 64, 4096):
+        for block_size in (32, 64, 128, 4096):
             for n in (1, 31 * block_size, 32 * block_size, 2**18 + 16 * block_size + 7):
                 w = torch.randn(n, generator=draw) * torch.exp2(torch.randint(-30, 30, (), generator=draw))
                 for dtype in (torch.float32, torch.bfloat16):
                     q = tensor.QuantizedTensor.quantize(w.to(dtype), format, block_size)
                     note(*q.parts().values(), q.dequantize(), q.dequantize(torch.float16))
-    for shape in ((2304, 1024), (96, 65)):
-        layer = QuantizedLinear(tensor.QuantizedTensor.quantize(torch.randn(shape, generator=draw), "nf4-dq"))
+    for shape, block_size in (((2304, 1024), 64), ((4096, 1024), 256), ((96, 65), 64)):
+        w = torch.randn(shape, generator=draw)
+        layer = QuantizedLinear(tensor.QuantizedTensor.quantize(w, "nf4-dq", block_size))
         x = torch.randn(3, shape[1], generator=draw).bfloat16().requires_grad_()
         y = layer(x)
         note(y.detach(), torch.autograd.grad(y.sum(), x)[0])

@@ -44,8 +44,8 @@ def test_a_graph_keeps_the_memory() -> None:
 
 
 def test_idle_memory_is_bounded() -> None:
-    pool = Pool(limit=5 * 2**20)
-    tensors = [pool.empty((2**20,), torch.uint8, CPU) for _ in range(9)]
+    pool = Pool(limit=5 * 2**21)
+    tensors = [pool.empty((2**21,), torch.uint8, CPU) for _ in range(9)]
     del tensors
     assert len(pool.idle) == 5
     pool.clear()

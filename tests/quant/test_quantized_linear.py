@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank.quant import linear as linear_module
 from lowrank.quant.linear import QuantizedLinear, decoded, linear, quantize_model
 from lowrank.quant.tensor import QuantizedTensor
 
@@ -26,26 +25,6 @@ def test_values_and_gradients_are_those_of_the_decoded_weight(format: str, dtype
     assert torch.equal(y, want)
     dy = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, (x, bias), dy), torch.autograd.grad(want, (x, bias), dy))
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("shape", "block_size"), [((576, 256), 64), ((272, 576), 64), ((500, 300), 32)])
-def test_a_large_weight_is_decoded_in_parts(
-    format: str, shape: tuple[int, int], block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By columns, in backward; blocks that cross rows are decoded at once."""
-    monkeypatch.setattr(linear_module, "CHUNK", 2**15)
-    torch.manual_seed(0)
-    q = QuantizedTensor.quantize(torch.randn(shape), format, block_size)
-    x, bias = torch.randn(2, 2, shape[1], requires_grad=True), torch.randn(shape[0])
-    for b in (None, bias):
-        y, want = linear(x, q, b), F.linear(x, q.dequantize(), b)
-        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)  # sums of 576 products, perhaps in another order
-        dy = torch.randn_like(y)
-        got = torch.autograd.grad(y, x, dy)[0]
-        torch.testing.assert_close(got, torch.autograd.grad(want, x, dy)[0], rtol=1e-5, atol=1e-4)
-    with torch.no_grad():
-        assert torch.equal(linear(x, q, bias), y)
 
 
 def test_no_dense_copy_is_kept_for_backward() -> None:
