@@ -169,17 +169,9 @@ def _row(part: str, record: Record, answer: str, judge: Judge, risks: Mapping[tu
     if record.kind != "unanswerable" and not any("value" in fact for fact in record.facts):
         return replace(row, right=plain(answer) == plain(expected), f1=token_f1(answer, expected))
     verdict = judge(answer, record)
-    return replace(
-        row,
-        answer_class=verdict.answer_class,
-        right=verdict.right,
-        hallucinated=verdict.hallucinated,
-        rejected=verdict.rejected,
-        trap=str(about.get("trap", "")),
-        type=verdict.type,
-        reason=verdict.reason,
-        risk=risks.get((str(about.get("subject")), str(about.get("relation"))), str(about.get("risk", ""))),
-    )
+    fact = str(about.get("subject")), str(about.get("relation"))
+    risk, trap = risks.get(fact, str(about.get("risk", ""))), str(about.get("trap", ""))
+    return replace(row, **vars(verdict), hallucinated=verdict.hallucinated, risk=risk, trap=trap)
 
 
 def score(records: Records, answers: Answers, knowledge: Knowledge | None = None) -> dict[str, Any]:
