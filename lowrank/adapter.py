@@ -63,6 +63,8 @@ class Adapter(nn.Module):
     """False where backward holds something constant on purpose (DoRA's norm)."""
     needs_y: bool = True
     """False where the method computes its own y (it gets y = None, and the base runs once)."""
+    dropout: float = 0.0
+    """The share of its inputs that `dropped` sets to zero in training."""
     tokens: int = 0
     """Virtual tokens that it puts before the first one (prompt, prefix)."""
     peers: "tuple[Adapter, ...]" = ()
@@ -78,6 +80,10 @@ class Adapter(nn.Module):
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The dense layer that has the adapter inside.  (O, I), (O,) -> (O, I), (O,)"""
         raise NotImplementedError
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x after dropout; ids stay as they are."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
 
     @classmethod
     def complete(cls, config: Any, layers: Mapping[str, nn.Module]) -> Any:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, linear, register
-from lowrank.methods.lora import LoRAConfig, by_pattern
+from lowrank.methods.lora import LoRAConfig
+from lowrank.methods.parts import by_pattern
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class AdaLoRA(Adapter):
     def __init__(self, config: AdaLoRAConfig, base: nn.Module) -> None:
         super().__init__(config, base)
         in_features, out_features = features(base)
-        self.config, self.scaling = config, config.alpha / config.rank
+        self.config, self.scaling, self.dropout = config, config.alpha / config.rank, config.dropout
         self.lora_A = nn.Parameter(0.02 * torch.randn(config.rank, in_features))  # (R, I)
         self.lora_B = nn.Parameter(0.02 * torch.randn(out_features, config.rank))  # (O, R)
         self.lora_E = nn.Parameter(torch.zeros(config.rank, 1))  # (R, 1)
@@ -72,8 +73,7 @@ class AdaLoRA(Adapter):
             self.register_buffer(f"{name}_change", torch.zeros_like(p), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        x = F.dropout(x, self.config.dropout, self.training) if x.is_floating_point() else x
-        h = linear(x, self.lora_A * self.lora_E)  # (..., R)
+        h = linear(self.dropped(x), self.lora_A * self.lora_E)  # (..., R)
         return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

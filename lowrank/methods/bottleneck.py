@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, Slot, register
+from lowrank.methods.parts import Checked
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -26,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class HoulsbyConfig:
+class HoulsbyConfig(Checked):
     rank: int = 16
     """R, the width of the bottleneck."""
 
@@ -37,8 +38,7 @@ class HoulsbyConfig:
     """Factor of the update (He et al. use 4 for the parallel one)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import dense_weight, register
+from lowrank.errors import at_least
 from lowrank.methods.lora import LoRA, LoRAConfig
-from lowrank.methods.pissa import principal
+from lowrank.methods.parts import principal
 from lowrank.quant.formats import parse_format
 from lowrank.quant.linear import QuantizedLinear
 from lowrank.quant.tensor import QuantizedTensor
@@ -34,8 +35,7 @@ class LoftQConfig(LoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_format(self.format)
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+        at_least(self, 1, "iterations")
 
 
 @register("loftq")
@@ -49,9 +49,7 @@ class LoftQ(LoRA):
     def __init__(self, config: LoftQConfig, base: nn.Module) -> None:
         super().__init__(config, base)
         if not isinstance(base, nn.Linear):
-            raise ValueError(
-                f"LoftQ starts from an unquantized nn.Linear, got {type(base).__name__}: load with quantize=None"
-            )
+            raise ValueError(f"LoftQ starts from a dense nn.Linear, got {type(base).__name__}: load with quantize=None")
         self.config, weight = config, dense_weight(base).float()
         self.register_buffer("initial_A", torch.zeros_like(self.lora_A))  # of the round before: they define Q
         self.register_buffer("initial_B", torch.zeros_like(self.lora_B))

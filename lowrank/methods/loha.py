@@ -12,21 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, linear, register
+from lowrank.methods.parts import Checked
 
 
 @dataclass(frozen=True)
-class LoHaConfig:
+class LoHaConfig(Checked):
     rank: int = 8
     """R of each factor."""
 
     alpha: float = 8.0
     """The update is scaled by alpha / rank."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
 
 
 @register("loha")

@@ -7,10 +7,8 @@ trains B at a higher rate than A.
 """
 
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +16,11 @@ from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, linear, register
 from lowrank.methods.lora_paths import fused, grouped, projected
+from lowrank.methods.parts import Checked, by_pattern
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Checked):
     rank: int = 8
     """R, the inner dimension of the update."""
 
@@ -48,24 +47,6 @@ class LoRAConfig:
         rank, alpha = by_pattern(self.rank_pattern, path, self.rank), by_pattern(self.alpha_pattern, path, self.alpha)
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if not self.lr_ratio > 0:
-            raise ValueError(f"lr_ratio must be positive, got {self.lr_ratio}")
-
-
-V = TypeVar("V", int, float)
-
-
-def by_pattern(patterns: Mapping[str, V], path: str, default: V) -> V:
-    """The value of the first pattern that matches the end of `path`, from a dot on."""
-    return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
-
 
 @register("lora")
 class LoRA(Adapter):
@@ -86,8 +67,7 @@ class LoRA(Adapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
-        h = linear(x, self.lora_A)  # (..., I) -> (..., R), in A's dtype
+        h = linear(self.dropped(x), self.lora_A)  # (..., I) -> (..., R), in A's dtype
         return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)  # (..., R) -> (..., O)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,21 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, register
+from lowrank.methods.parts import Checked
 
 
 @dataclass(frozen=True)
-class OFTConfig:
+class OFTConfig(Checked):
     block_size: int = 8
     """b; it must divide the layer's input size."""
 
     neumann_terms: int = 0
     """Terms of the power series; 0 inverts exactly."""
-
-    def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise ValueError(f"block_size must be at least 2, got {self.block_size}")
-        if self.neumann_terms < 0 or 0 < self.neumann_terms < 3:
-            raise ValueError(f"neumann_terms must be 0 or at least 3, got {self.neumann_terms}")
 
 
 @register("oft")
@@ -40,11 +35,8 @@ class OFT(Adapter):
         if isinstance(base, nn.Embedding):
             raise ValueError("OFT rotates the input, and the input of an embedding is ids")
         if in_features % size:
-            divisors = [d for d in range(2, in_features + 1) if in_features % d == 0]
-            near = min(divisors, key=lambda d: abs(d - size))
-            raise ValueError(
-                f"block_size {size} does not divide the {in_features} inputs; the nearest that does is {near}"
-            )
+            near = min((d for d in range(2, in_features + 1) if in_features % d == 0), key=lambda d: abs(d - size))
+            raise ValueError(f"block_size {size} does not divide the {in_features} inputs; the nearest is {near}")
         self.size, self.terms = size, config.neumann_terms
         self.oft_R = nn.Parameter(torch.zeros(in_features // size, size * (size - 1) // 2))  # (I/b, b (b - 1) / 2)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.adapter import dense_weight, register, with_weight
 from lowrank.methods.lora import LoRA, LoRAConfig
+from lowrank.methods.parts import Less, principal
 from lowrank.quant.linear import QuantizedLinear
 
 
@@ -54,31 +55,3 @@ class PiSSA(LoRA):
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return super().merge(weight - self.scaling * self.initial_B @ self.initial_A, bias)
-
-
-class Less(nn.Module):
-    """base(x) - B A x"""
-
-    A: Tensor
-    B: Tensor
-
-    def __init__(self, base: nn.Module, B: Tensor, A: Tensor) -> None:
-        super().__init__()
-        self.base, self.bias = base, base.bias
-        self.register_buffer("A", A)
-        self.register_buffer("B", B)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        return y - F.linear(F.linear(x.to(self.A.dtype), self.A), self.B).to(y.dtype)  # type: ignore[no-any-return]
-
-
-def principal(weight: Tensor, rank: int, iterations: int = 0) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R), equally large, whose product is the best approximation by rank R = min(rank, I, O)."""
-    if iterations:
-        U, S, V = torch.svd_lowrank(weight, q=min(rank, *weight.shape), niter=iterations)
-        Vt = V.T
-    else:
-        U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
-    root = S[:rank].clamp(min=0).sqrt()
-    return root[:, None] * Vt[:rank], U[:, :rank] * root

@@ -13,19 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, Slot, register
+from lowrank.methods.parts import Checked
 
 
 @dataclass(frozen=True)
-class PrefixConfig:
+class PrefixConfig(Checked):
     tokens: int = 10
     """P, virtual tokens a layer."""
 
     hidden: int = 0
     """Width of the MLP that they are trained through; 0 trains them directly."""
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
 
 
 @register("prefix")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, register
+from lowrank.methods.parts import Checked
 
 
 @dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(Checked):
     tokens: int = 10
     """P, virtual tokens."""
 
@@ -22,8 +23,7 @@ class PromptConfig:
     """"vocabulary": embeddings of random tokens; "normal": N(0, 1)."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        super().__post_init__()
         if self.start not in ("vocabulary", "normal"):
             raise ValueError(f"start must be 'vocabulary' or 'normal', got {self.start!r}")
 

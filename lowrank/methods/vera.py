@@ -6,20 +6,19 @@ One A and one B serve all layers: they have the largest layer's size, and each l
 drawn from `seed` (A first, both U(-a, a), a = √6 / √columns, on the CPU), so an adapter file need not hold them.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapter import Adapter, features, linear, register
+from lowrank.methods.parts import Checked, shared_uniform
 
 
 @dataclass(frozen=True)
-class VeRAConfig:
+class VeRAConfig(Checked):
     rank: int = 256
     """R, the inner dimension; the parameters are only O + R a layer."""
 
@@ -39,22 +38,8 @@ class VeRAConfig:
     """Keep A and B in the adapter file too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "largest", tuple(self.largest))
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-
-
-@lru_cache(maxsize=4)
-def projections(seed: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R): one tensor for all layers that ask for the same."""
-    generator = torch.Generator().manual_seed(seed)
-    A, B = torch.empty(rank, in_features), torch.empty(out_features, rank)
-    for matrix in (A, B):
-        bound = math.sqrt(6 / matrix.shape[1])
-        matrix.uniform_(-bound, bound, generator=generator)
-    return A, B
 
 
 @register("vera")
@@ -65,10 +50,8 @@ class VeRA(Adapter):
 
     @classmethod
     def complete(cls, config: VeRAConfig, layers: Mapping[str, nn.Module]) -> VeRAConfig:
-        if any(config.largest):
-            return config
-        sizes = [features(layer) for layer in layers.values()]
-        return replace(config, largest=(max(i for i, _ in sizes), max(o for _, o in sizes)))
+        inputs, outputs = zip(*(features(layer) for layer in layers.values()))
+        return config if any(config.largest) else replace(config, largest=(max(inputs), max(outputs)))
 
     def __init__(self, config: VeRAConfig, base: nn.Module) -> None:
         super().__init__(config, base)
@@ -76,7 +59,7 @@ class VeRA(Adapter):
         largest = config.largest if any(config.largest) else (in_features, out_features)
         if in_features > largest[0] or out_features > largest[1]:
             raise ValueError(f"a layer {in_features} -> {out_features} is larger than the shared matrices {largest}")
-        A, B = projections(config.seed, config.rank, *largest)
+        A, B = shared_uniform(config.seed, (config.rank, largest[0]), (largest[1], config.rank))
         if config.save_projection:  # a file may bring other values, and each layer must have its own to hold them
             A, B = A.clone(), B.clone()
         self.register_buffer("vera_A", A[:, :in_features], persistent=config.save_projection)  # (R, I)
@@ -86,8 +69,7 @@ class VeRA(Adapter):
         self.vera_lambda_b = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if x.is_floating_point() else x
-        h = self.vera_lambda_d * linear(x, self.vera_A)  # (..., I) -> (..., R)
+        h = self.vera_lambda_d * linear(self.dropped(x), self.vera_A)  # (..., I) -> (..., R)
         return y + (self.vera_lambda_b * F.linear(h, self.vera_B)).to(y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

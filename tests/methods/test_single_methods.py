@@ -21,8 +21,9 @@ from lowrank.methods.lokr import LoKr, LoKrConfig, split
 from lowrank.methods.lora import LoRA, LoRAConfig
 from lowrank.methods.oft import OFT, OFTConfig
 from lowrank.methods.olora import OLoRA, OLoRAConfig
-from lowrank.methods.pissa import PiSSA, PiSSAConfig, principal
-from lowrank.methods.vera import VeRAConfig, projections
+from lowrank.methods.parts import principal, shared_uniform
+from lowrank.methods.pissa import PiSSA, PiSSAConfig
+from lowrank.methods.vera import VeRAConfig
 from lowrank.quant.linear import QuantizedLinear, quantize_model
 from lowrank.training.loop import TrainConfig, fit
 
@@ -123,7 +124,7 @@ def test_loftq_is_nearer_to_the_base_than_quantization_alone() -> None:
 def test_loftq_on_a_quantized_base_says_what_it_needs() -> None:
     model = net(64, 64)
     quantize_model(model, "nf4")
-    with pytest.raises(ValueError, match=r"LoftQ starts from an unquantized nn.Linear.*quantize=None"):
+    with pytest.raises(ValueError, match=r"LoftQ starts from a dense nn.Linear.*quantize=None"):
         lowrank.attach(model, LoftQConfig(), ["0"])
     assert "_lowrank" not in model.__dict__
 
@@ -138,14 +139,14 @@ def test_oft_is_a_rotation() -> None:
 
 
 def test_oft_names_the_nearest_block_size() -> None:
-    with pytest.raises(ValueError, match=r"0: block_size 7 does not divide the 24 inputs; the nearest that does is 6"):
+    with pytest.raises(ValueError, match=r"0: block_size 7 does not divide the 24 inputs; the nearest is 6"):
         lowrank.attach(net(24, 8), OFTConfig(block_size=7), ["0"])
 
 
 def test_vera_draws_one_pair_for_all_layers_and_each_takes_its_corner() -> None:
     model = net(24, 40, 16)
     lowrank.attach(model, VeRAConfig(rank=8, seed=3), ["0", "1"])
-    A, B = projections(3, 8, 40, 40)
+    A, B = shared_uniform(3, (8, 40), (40, 8))
     for layer, (i, o) in zip(model, ((24, 40), (40, 16)), strict=True):
         adapter = layer.adapters["default"]
         assert torch.equal(adapter.vera_A, A[:, :i]) and torch.equal(adapter.vera_B, B[:o])
