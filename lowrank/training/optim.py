@@ -74,7 +74,7 @@ class AdamW:
         """One update of every parameter that has a gradient."""
         c = self.config
         for group in self.param_groups:
-            alike: dict[Any, list[nn.Parameter]] = defaultdict(list)  # one call takes one device and dtype
+            alike: dict[Any, list[Tensor]] = defaultdict(list)  # one call takes one device and dtype
             for p in group["params"]:
                 if p.grad is not None:
                     alike[p.device, p.dtype].append(p)
@@ -82,9 +82,10 @@ class AdamW:
                 means, squares, steps = (
                     [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
                 )
+                grads: Any = [p.grad for p in params]
                 torch._foreach_add_(steps, 1)
                 torch._fused_adamw_(  # type: ignore[attr-defined]
-                    params, [p.grad for p in params], means, squares, [], steps, amsgrad=False, maximize=False,
+                    params, grads, means, squares, [], steps, amsgrad=False, maximize=False,
                     lr=group["lr"], beta1=c.beta1, beta2=c.beta2, weight_decay=c.weight_decay, eps=c.eps,
                 )  # fmt: skip
 
