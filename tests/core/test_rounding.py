@@ -5,10 +5,13 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.cli import main
 from lowrank.methods.lora import LoRAConfig
+from lowrank.models.load import load
 from lowrank.quant.linear import quantize_model
 from lowrank.quant.tensor import QuantizedTensor
 from lowrank.rounding import compensated, on_scales_of, output_survival
+from lowrank.training.reopen import reopen
 
 
 def adapted(std: float, quantize: bool = True) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -90,3 +93,27 @@ def test_a_refusal_names_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"keep \d+\.\d% of the update .*beside the base, or pass force=True"):
         lowrank.merge(model, to="nf4", calibration=calibration)
     assert torch.equal(model(text), before)
+
+
+@torch.no_grad()
+def test_the_command_writes_the_model_that_it_rounded_for_a_text(talking_run, tmp_path, capsys) -> None:
+    """Read back, it gives the logits of the merge in memory, and on its text better ones than plain rounding."""
+    run, text = talking_run("nf4-dq"), tmp_path / "text.txt"
+    text.write_text("12 on the hen, 7 in the barn; then one more at noon. " * 24, encoding="utf-8")
+    command = ["merge", str(run), "--to", "nf4", "--force"]
+    assert main([*command, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*command, "--calibrate", str(text), "--out", str(tmp_path / "rounded")]) == 0
+    assert "plain rounding would keep" in capsys.readouterr().out
+    adapted, tokenizer = reopen(run)
+    ids = torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8")))
+    windows = [part[None] for part in ids.split(256) if len(part) == 256]
+    assert len(windows) > 2
+    wanted = [adapted(part) for part in windows]
+    lowrank.merge(adapted, to="nf4", force=True, calibration=windows)
+    read = {
+        name: load(tmp_path / name, dtype=torch.float32, device="cpu", progress=False)[0]
+        for name in ("plain", "rounded")
+    }
+    torch.testing.assert_close(read["rounded"](windows[0]), adapted(windows[0]), atol=1e-4, rtol=0)
+    off = {name: sum((model(x) - y).square().sum() for x, y in zip(windows, wanted)) for name, model in read.items()}
+    assert off["rounded"] < 0.5 * off["plain"]
