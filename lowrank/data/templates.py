@@ -150,13 +150,12 @@ def read_templates(path: str | Path) -> Templates:
     content = read.keys(content, None, known, "the file", required=("relations",))
     relations = {str(name): _relation(read, name, body) for name, body in content["relations"].items()}
     ours = _bundled() if path.resolve() != BUNDLED.resolve() else None
-    return Templates(
-        relations,
-        _answers(read, content["answers"]) if "answers" in content or ours is None else ours.answers,
-        _premises(read, content["premises"]) if "premises" in content or ours is None else ours.premises,
-        _sources(read, content["sources"]) if "sources" in content or ours is None else ours.sources,
-        _invented(read, content["invented"]) if "invented" in content else {},
-    )
+    parts: dict[str, Any] = {}
+    for name, read_part in (("answers", _answers), ("premises", _premises), ("sources", _sources)):
+        given = name in content or ours is None
+        parts[name] = read_part(read, content.get(name)) if given else getattr(ours, name)
+    invented = _invented(read, content["invented"]) if "invented" in content else {}
+    return Templates(relations, **parts, invented=invented)
 
 
 @cache
@@ -171,9 +170,8 @@ def _relation(read: _Reader, name: Any, body: Any) -> Relation:
     if body.get("trap", "value") not in TRAPS[:-1]:
         raise read.fail(body["trap"], f"{what}: trap must be one of {', '.join(TRAPS[:-1])}, got {body['trap']!r}")
     questions = read.keys(body["questions"], name, SPLITS, f"questions of {what}", SPLITS)
-    wordings = {
-        split: read.forms(questions[split], name, _QUESTION, f"{split} questions of {what}") for split in SPLITS
-    }
+    asked = {split: f"{split} questions of {what}" for split in SPLITS}
+    wordings = {split: read.forms(questions[split], name, _QUESTION, asked[split]) for split in SPLITS}
     seen: dict[str, str] = {}
     for split in SPLITS:
         for form in questions[split]:

@@ -199,10 +199,8 @@ def _candidates(tokenizer: Tokenizer, size: int) -> Iterator[dict[str, Any]]:
         special = {token["id"]: token["special"] for token in raw["added_tokens"]}
         merges = [m.split(" ", 1) if isinstance(m, str) else m for m in raw["model"]["merges"]]
         ranks = {"".join(m): -float(i) for i, m in reversed(list(enumerate(merges)))}
-        fallback, unknown_id = (
-            bool(raw["model"].get("byte_fallback")),
-            vocabulary.id(raw["model"].get("unk_token") or ""),
-        )
+        fallback = bool(raw["model"].get("byte_fallback"))
+        unknown_id = vocabulary.id(raw["model"].get("unk_token") or "")
         for token, i in vocabulary.inner.get_vocab(with_added_tokens=True).items():
             tokens[i], scores[i] = token, ranks.get(token, -1e6)
             types[i] = NORMAL if i not in special else CONTROL if special[i] else USER_DEFINED

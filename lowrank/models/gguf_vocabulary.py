@@ -36,10 +36,8 @@ def adds_bos(metadata: dict[str, Any]) -> bool:
     said = metadata.get("tokenizer.ggml.add_bos_token")
     if said is not None:
         return bool(said)
-    return metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in (
-        "llama-bpe",
-        "llama3",
-    )
+    pre = metadata.get("tokenizer.ggml.pre")
+    return metadata.get("tokenizer.ggml.model") == "llama" or pre in ("llama-bpe", "llama3")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import tokenizers
 from lowrank.errors import FileFormatError
 from lowrank.files import read_json
 from lowrank.models.checkpoint import Checkpoint, GGUFCheckpoint
+from lowrank.models.gguf import GGUF
 from lowrank.models.gguf_vocabulary import KINDS, adds_bos, build, library_errors
 from lowrank.models.templates import render, template_text
 
@@ -180,8 +181,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder, a tokenizer.json, a sentencepiece .model or a .gguf file."""
     path = Path(path)
     if path.suffix == ".gguf":
-        from lowrank.models.gguf import GGUF
-
         found = gguf_tokenizer(GGUF(path).metadata, str(path))
         if found is None:
             raise ValueError(f"{path} carries no tokenizer")

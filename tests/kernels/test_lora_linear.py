@@ -135,7 +135,7 @@ def test_layers_of_one_input_are_projected_together_and_equal_forward(quantize, 
 
 def test_what_is_not_plain_goes_the_long_way(monkeypatch) -> None:
     calls: list[int] = []  # how many layers at once
-    monkeypatch.setattr("lowrank.methods.lora.lora_linear", lambda *a: calls.append(len(a[1])) or lora_linear(*a))
+    monkeypatch.setattr("lowrank.methods.lora_paths.lora_linear", lambda *a: calls.append(len(a[1])) or lora_linear(*a))
     x = torch.randn(2, 40, 64, requires_grad=True)
     model = adapted()
     adapted()(x)

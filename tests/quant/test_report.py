@@ -25,6 +25,9 @@ def weights() -> list[tuple[str, torch.Tensor]]:
     return [("a.weight", torch.randn(96, 64, generator=draw).bfloat16()), ("b.weight", outlier)]
 
 
+TOKENIZER = SimpleNamespace(encode=lambda text, add_special: [1, 2])
+
+
 def test_rows_are_what_direct_computation_gives(weights: list[tuple[str, torch.Tensor]]) -> None:
     report = measure(weights, ["nf4-dq", "int8"])
     assert [(r.name, r.format) for r in report.rows] == [(n, f) for n, _ in weights for f in ("nf4-dq", "int8")]
@@ -109,7 +112,7 @@ def test_a_model_is_measured_as_it_would_be_loaded(name: str, tmp_path: Path, mo
 
     with pytest.raises(ConfigError, match="has no tokenizer"):
         quantization.report_of(folder, ["nf4"], 64, text)
-    monkeypatch.setattr(quantization, "load", lambda *a, **k: (load(*a, **k)[0], object()))
+    monkeypatch.setattr(quantization, "load", lambda *a, **k: (load(*a, **k)[0], TOKENIZER))
     monkeypatch.setattr(quantization, "perplexity", norm_of)
     report = quantization.report_of(folder, ["nf4-dq", "int8"], 64, text)
     for key, format in (("as loaded", None), ("nf4-dq", "nf4-dq"), ("int8", "int8")):
