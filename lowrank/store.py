@@ -113,24 +113,19 @@ def _checked_description(folder: Path) -> dict[str, Any]:
 
 
 def _check_base(model: nn.Module, description: dict[str, Any], folder: Path, force: bool) -> None:
+    """ValueError where the folder and the model differ in one of these; what one of them does not know passes."""
     origin = getattr(model, "origin", None)
-    template, own = description.get("chat_template"), getattr(origin, "chat_template", None)
-    if template and own and template != own and not force:
-        raise ValueError(
-            f"{folder} was trained with another chat template than the model has: load the model with"
-            f" template=... as in training (it begins {template[:40]!r}), or pass force=True"
-        )
-    for field, what in (("base_hash", "base model"), ("tokenizer_hash", "tokenizer")):
+    hashed = "(hash {saved:.12}), this one has {here:.12} ({path}): load the base that it was trained on"
+    sayings = {
+        "chat_template": "with another chat template than the model has: load the model with template=... as in"
+        " training (it begins {saved!r:.42})",
+        "base_hash": "on another base model " + hashed,
+        "tokenizer_hash": "on another tokenizer " + hashed,
+        "special_tokens": "with the special tokens {saved}, the model's tokenizer has {here}: answers would begin or"
+        " end elsewhere. Load the base with the tokenizer files of the training",
+    }
+    for field, saying in sayings.items():
         saved, here = description.get(field), getattr(origin, field, None)
         if saved and here and saved != here and not force:
-            raise ValueError(
-                f"{folder} was trained on another {what} (hash {saved[:12]}), this one has {here[:12]}"
-                f" ({getattr(origin, 'path', '?')}):"
-                " load the base that it was trained on, or pass force=True"
-            )
-    tokens, here = description.get("special_tokens"), getattr(origin, "special_tokens", None)
-    if tokens and here and tokens != here and not force:
-        raise ValueError(
-            f"{folder} was trained with the special tokens {tokens}, the model's tokenizer has {here}: answers would"
-            " begin or end elsewhere. Load the base with the tokenizer files of the training, or pass force=True"
-        )
+            text = saying.format(saved=saved, here=here, path=getattr(origin, "path", "?"))
+            raise ValueError(f"{folder} was trained {text}, or pass force=True")

@@ -7,6 +7,7 @@ raises AssertionError where the method is not what it should be. Sums are compar
 
 import tempfile
 from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -77,19 +78,12 @@ def merged_layer(model: Host, dtype: torch.dtype) -> nn.Linear:
     return merged
 
 
-@theorem("merge == forward, square and not")
-def _merge_dense(method: type[Adapter]) -> None:
-    _merge_agrees(method, SHAPES, False, "dense")
-
-
-@theorem("merge == forward with a bias")
-def _merge_bias(method: type[Adapter]) -> None:
-    _merge_agrees(method, SHAPES[:1], True, "dense")
-
-
-@theorem("merge == forward on an NF4 base")
-def _merge_nf4(method: type[Adapter]) -> None:
-    _merge_agrees(method, SHAPES[:2], True, "nf4")
+for name, shapes, bias, kind in (
+    ("merge == forward, square and not", SHAPES, False, "dense"),
+    ("merge == forward with a bias", SHAPES[:1], True, "dense"),
+    ("merge == forward on an NF4 base", SHAPES[:2], True, "nf4"),
+):
+    theorem(name)(partial(_merge_agrees, shapes=shapes, bias=bias, kind=kind))
 
 
 @theorem("an embedding and a Conv1D are linear layers too")
