@@ -1,4 +1,4 @@
-"""Weights in the order in which torch's own products read them on a CPU, for a few rows of bf16.
+"""Weights in the order in which torch's own products read them on a CPU: for generation, and for backward.
 
 int4 is multiplied as it is packed: a quarter of the bytes of a bf16 weight. A bf16 weight is put into oneDNN's order
 once; the plain product does so in each call, which at one row takes as long as the product itself. The operators are
