@@ -11,7 +11,7 @@ merged together they give                       W + Σᵢ wᵢ (mergeᵢ(W) - W)
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -149,6 +149,9 @@ class Selection:
         self.now = Acting()
 
 
+_NOWHERE: Any = (None, None, ())
+
+
 class AdaptedLinear(nn.Module):
     """A layer with its adapters by name; the shared selection says which of them act."""
 
@@ -159,7 +162,7 @@ class AdaptedLinear(nn.Module):
         self.edited: Any = {}  # name -> the layer that stands in for the base (methods that edit it)
         self.selection = selection or Selection()
         self.unmerged: tuple[nn.Module, ...] = ()  # as it was before `merge`; a tuple hides it from state_dict
-        self.path: tuple[Acting | None, Callable[..., Tensor]] = None, self.base  # what acts, and what it runs
+        self.path: tuple[Acting | None, Callable[..., Tensor], tuple[Any, ...]] = _NOWHERE
 
     @property
     def weight(self) -> Any:
@@ -177,14 +180,14 @@ class AdaptedLinear(nn.Module):
         return now.layers.get(self, now.everywhere) if now.layers else now.everywhere
 
     def put(self, name: str, adapter: Adapter) -> None:
-        self.path = None, self.base
+        self.path = _NOWHERE
         self.adapters[name] = adapter.train(self.base.training)
         if adapter.edits_base:
             edited = adapter.edit(self.base).requires_grad_(False)
             self.edited = nn.ModuleDict({**self.edited, name: edited})
 
     def remove(self, name: str) -> None:
-        self.path = None, self.base
+        self.path = _NOWHERE
         del self.adapters[name]
         if name in self.edited:
             del self.edited[name]
@@ -193,20 +196,21 @@ class AdaptedLinear(nn.Module):
         if self.unmerged:
             return self.base(x, *context)  # type: ignore[no-any-return]
         now = self.selection.now
-        if self.path[0] is not now:
-            self.path = now, self._path(now)
-        return self.path[1](x, *context)
-
-    def _path(self, now: Acting) -> Callable[..., Tensor]:
-        """What runs while `now` acts, so that it is looked up once for many calls."""
         if now.rows is not None:
-            return partial(now.rows, self)
+            return now.rows(self, x, *context)
+        if self.path[0] is not now:
+            self.path = now, *self._path()
+        _, run, given = self.path
+        return run(self, *given, x, *context)
+
+    def _path(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        """What runs, after this layer, and what it is given first: looked up once for as long as the same acts."""
         acting = self.acting(self.active)
         if len(acting) != 1 or acting[0][2] != 1.0:
-            return partial(self.adapted, acting)
+            return AdaptedLinear.adapted, (acting,)
         name, adapter, _ = acting[0]
-        fused = adapter.may("fused") and name not in self.edited
-        return partial(self._at_once if fused else self._one, name, adapter)
+        at_once = adapter.may("fused") and name not in self.edited
+        return AdaptedLinear._at_once if at_once else AdaptedLinear._one, (name, adapter)
 
     def _at_once(self, name: str, adapter: Adapter, x: Tensor, *context: Any) -> Tensor:
         """`_one` with less to look up."""

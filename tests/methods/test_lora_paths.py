@@ -1,8 +1,11 @@
 """LoRA's quicker ways to its own sum: in place, and by a compiled loop where each row has an adapter of its own."""
 
+import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.adapter import carried
 from lowrank.methods.lora import LoRAConfig
 from lowrank.quant import compiled
 
@@ -85,6 +89,28 @@ def test_the_path_follows_what_acts_and_what_is_attached(model: nn.Module) -> No
         lowrank.detach(model, "a")
         lowrank.activate(model, "b")
         assert torch.equal(model(x), outputs["b"])
+
+
+def test_a_used_layer_copies_and_leaves_nothing_behind(model: nn.Module) -> None:
+    x = torch.randn(4, 1, 24).bfloat16()
+    with torch.no_grad(), lowrank.rows(model, ROWS):
+        model(x)
+        chosen = weakref.ref(carried(model).selection.now.rows)
+    assert chosen() is None  # and with it the stacked factors
+    with torch.no_grad():
+        lowrank.activate(model, "a")
+        y = model(x)
+        other = copy.deepcopy(model)
+        for p in other.parameters():
+            p.zero_()
+        assert torch.equal(model(x), y) and not other(x).any()
+    gone = weakref.ref(model[0].base)
+    gc.disable()
+    try:
+        del model[0]
+        assert gone() is None  # no cycle keeps a layer's weights
+    finally:
+        gc.enable()
 
 
 SWEEP = """
