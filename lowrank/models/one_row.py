@@ -22,6 +22,7 @@ from lowrank.models.decoder import MLP, Attention, Block, Decoder, KVCache, RMSN
 from lowrank.models.families import Names
 from lowrank.models.rope import rotation
 from lowrank.quant import compiled
+from lowrank.quant.compiled import held, waves
 from lowrank.quant.linear import QuantizedLinear, own_forward
 
 BF16 = torch.bfloat16
@@ -38,11 +39,6 @@ KINDS = (
     nn.ModuleList,
     nn.Module,
 )
-
-
-def held(x: Tensor) -> Tensor:
-    """x, computed once: what is inlined into a product would be worked out anew for each of its outputs."""
-    return x.as_strided(x.shape, x.stride())
 
 
 def product(w: Tensor, x: Tensor, bias: Tensor) -> Tensor:
@@ -196,30 +192,21 @@ def describe() -> str:
     return "eager torch; `lowrank doctor --compile` compiles the layers that decode one row"
 
 
-def _waves(*shape: int) -> Tensor:
-    return (torch.arange(torch.Size(shape).numel()).float() * 1.7).sin().view(shape).to(BF16)
-
-
 def _layer_example(D: int = 640, H: int = 9, G: int = 3, K: int = 64, hidden: int = 1536, S: int = 40) -> list[Tensor]:
     """Sizes all different, of a small model: what is compiled takes any, and divides its loops by these."""
-    caches = [_waves(S, G, K), _waves(S, G, K) / 2, _waves(G, K), _waves(G, K)]
+    caches = [waves(S, G, K), waves(S, G, K) / 2, waves(G, K), waves(G, K)]
     sizes = [(H * K, D), (G * K, D), (G * K, D), (D, H * K), (hidden, D), (hidden, D), (D, hidden)]
-    weights = [_waves(O, I) / I**0.5 for O, I in sizes]
+    weights = [waves(O, I) / I**0.5 for O, I in sizes]
     table = torch.linspace(0, 3, K)
-    constants = [torch.tensor(1e-5), torch.tensor(K**-0.5), _waves(D), _waves(D) + 1]
-    return [_waves(D) + 0.5, table.cos(), table.sin(), *caches, *constants, *weights, *(_waves(O) for O, _ in sizes)]
+    constants = [torch.tensor(1e-5), torch.tensor(K**-0.5), waves(D), waves(D) + 1]
+    return [waves(D) + 0.5, table.cos(), table.sin(), *caches, *constants, *weights, *(waves(O) for O, _ in sizes)]
 
 
 def _head_example() -> list[Tensor]:
-    return [_waves(4000), _waves(640), torch.tensor(1e-5), _waves(640), _waves(4000, 640)]
-
-
-def _close(want: Tensor, got: Tensor) -> bool:
-    """Sums of another order: now and then the other neighbour in bf16, which is 2⁻⁸ away."""
-    return bool((want.float() - got.float()).norm() <= 2**-8 * want.float().norm())
+    return [waves(4000), waves(640), torch.tensor(1e-5), waves(640), waves(4000, 640)]
 
 
 # "threads" decides how many loops of a nest are shared out; each call takes as many threads as torch has
 _SETTINGS: dict[str, object] = {"emulate_precision_casts": True, "cpp.threads": 8}
-compiled.SOURCES["layer"] = compiled.Source(layer, _layer_example, None, _SETTINGS, _close)
-compiled.SOURCES["head"] = compiled.Source(head, _head_example, None, _SETTINGS, _close)
+compiled.SOURCES["layer"] = compiled.Source(layer, _layer_example, None, _SETTINGS, compiled.close)
+compiled.SOURCES["head"] = compiled.Source(head, _head_example, None, _SETTINGS, compiled.close)

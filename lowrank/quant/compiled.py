@@ -39,8 +39,8 @@ def _values(scales: Tensor, table: Tensor) -> Tensor:
 
 
 def _once(x: Tensor) -> list[Tensor]:
-    """The last dimension apart. as_strided makes inductor compute x once, before its use, and not for each vector."""
-    return [part[..., None] for part in torch.as_strided(x, x.shape, x.stride()).unbind(-1)]
+    """The last dimension apart, each part for all vectors that use it."""
+    return [part[..., None] for part in held(x).unbind(-1)]
 
 
 def _select(values: list[Tensor], codes: Tensor, bits: int, ones: Tensor) -> Tensor:
@@ -99,6 +99,11 @@ def encode_blocks(packed: Tensor, absmax: Tensor, pairs: Tensor, bounds: Tensor)
     packed.copy_((ranks[0] * 16 + ranks[1]).to(torch.uint8))
 
 
+def held(x: Tensor) -> Tensor:
+    """x, computed once: what is inlined into a product would be worked out anew for each of its outputs."""
+    return x.as_strided(x.shape, x.stride())
+
+
 class _Loop(nn.Module):
     """What torch.export takes."""
 
@@ -124,6 +129,16 @@ class Source:
     """Inductor's."""
     alike: Callable[[Tensor, Tensor], bool] = torch.equal
     """Whether a result is right, given the eager one."""
+
+
+def waves(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Numbers for an example."""
+    return (torch.arange(torch.Size(shape).numel()).float() * 1.7).sin().view(shape).to(dtype)
+
+
+def close(want: Tensor, got: Tensor) -> bool:
+    """`Source.alike` for sums of another order: now and then the other neighbour in bf16, which is 2⁻⁸ away."""
+    return bool((want.float() - got.float()).norm() <= 2**-8 * want.float().norm())
 
 
 @cache
