@@ -90,7 +90,8 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
     rows = [finished(arguments.profile)[name] for name in ("base", *METHODS) if name in finished(arguments.profile)]
     print(table(rows))
-    print(f"In all {sum(row.get('cpu_s', 0) for row in rows) / 60:.0f} CPU minutes for {len(rows)} rows.")
+    spent = [row["cpu_s"] for row in rows if "cpu_s" in row]
+    print(f"In all {sum(spent) / 60:.0f} CPU minutes for {len(spent)} rows.")
     plot(rows)
 
 

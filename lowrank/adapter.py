@@ -63,8 +63,8 @@ class Adapter(nn.Module):
     """False where backward holds something constant on purpose (DoRA's norm)."""
     needs_y: bool = True
     """False where the method computes its own y (it gets y = None, and the base runs once)."""
-    dropout: float = 0.0
-    """The share of its inputs that `dropped` sets to zero in training."""
+    dropout: Any
+    """The share of its inputs that `dropped` sets to zero in training, where the method has one."""
     tokens: int = 0
     """Virtual tokens that it puts before the first one (prompt, prefix)."""
     peers: "tuple[Adapter, ...]" = ()
@@ -83,7 +83,8 @@ class Adapter(nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """x after dropout; ids stay as they are."""
-        return F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
+        share = getattr(self, "dropout", 0.0)
+        return F.dropout(x, share, self.training) if share and x.is_floating_point() else x
 
     @classmethod
     def complete(cls, config: Any, layers: Mapping[str, nn.Module]) -> Any:
@@ -130,7 +131,8 @@ class Adapter(nn.Module):
     def may(cls, shortcut: str) -> bool:
         """Whether the class that wrote `fused` (or `grouped`) has this `forward` too: an edit is never bypassed."""
         written_by = next(c for c in cls.__mro__ if shortcut in vars(c))
-        return issubclass(written_by, next(c for c in cls.__mro__ if "forward" in vars(c)))
+        used = (next(c for c in cls.__mro__ if name in vars(c)) for name in ("forward", "dropped"))
+        return all(issubclass(written_by, c) for c in used)
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,10 @@ class AdaptedLinear(nn.Module):
         now = self.selection.now
         if now.rows is not None:
             return now.rows(self, x, *context)
-        if self.path[0] is not now:
-            self.path = now, *self._path()
-        _, run, given = self.path
+        path = self.path
+        if path[0] is not now:
+            path = self.path = now, *self._path()
+        _, run, given = path
         return run(self, *given, x, *context)
 
     def _path(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:

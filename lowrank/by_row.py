@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowrank.quant.linear import unshared
+
 if TYPE_CHECKING:
     from lowrank.adapter import AdaptedLinear, Adapter, Weights
 
@@ -49,7 +51,7 @@ class Rows:
             return layer.adapted(plan.parts[0][0], x, *context)
         y = layer.base(x, *context)
         if plan.act is not None:
-            return plan.act(x, y.clone() if layer.base._forward_hooks else y)  # a hook may have kept y
+            return plan.act(x, y if torch.is_grad_enabled() else unshared(layer.base, y))
         parts = []
         for acting, index in plan.parts:
             part = tuple(c[index] if isinstance(c, Tensor) else c for c in context)

@@ -15,7 +15,7 @@ from lowrank.models import one_row
 from lowrank.models.checkpoint import open_checkpoint
 from lowrank.models.fetch import quickstart
 from lowrank.models.load import quantizable, skeleton
-from lowrank.quant import packed
+from lowrank.quant import compiled, packed
 from lowrank.training.run import versions
 
 
@@ -35,6 +35,8 @@ def report(model: str | None = None) -> str:
     rows.append(("generation", one_row.describe()))
     fused = sorted(name for name, method in METHODS.items() if method.may("fused"))
     rows.append(("adapters", f"fused path: {', '.join(fused)}; the other {len(METHODS) - len(fused)} by their forward"))
+    by_row = "compiled for this machine" if compiled.loop("lora_rows") else "eager torch"
+    rows.append(("LoRA by row, one token each", by_row))
     rows.append(
         (
             "C++ compiler",

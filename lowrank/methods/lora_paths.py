@@ -21,7 +21,7 @@ from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref
 from lowrank.kernels.lora_linear import Weight, lora_linear
 from lowrank.quant import compiled
 from lowrank.quant.compiled import held, waves
-from lowrank.quant.linear import QuantizedLinear, product_back
+from lowrank.quant.linear import QuantizedLinear, product_back, unshared
 from lowrank.quant.linear import linear as quantized_linear
 
 HALF = (torch.bfloat16, torch.float16)
@@ -37,13 +37,13 @@ def fused(adapter: Any, x: Tensor, base: nn.Module) -> Tensor | None:
         return None if (together := projected(type(adapter), [adapter], x, [base])) is None else together[0]
     if (adapter.training and adapter.dropout > 0) or not x.is_floating_point():
         return None
-    A, B = adapter._parameters["lora_A"], adapter._parameters["lora_B"]  # nn.Module's own way takes longer
+    A, B = adapter.lora_A, adapter.lora_B
     short = is_short(x)
     if not short and (x.dtype not in (A.dtype, *HALF) or torch.is_autocast_enabled(x.device.type)):
         return None
-    y: Tensor = base(x)
-    if base._forward_hooks:  # one may have kept y
-        y = y.clone()
+    y = unshared(base, base(x))
+    if y.dtype != x.dtype:
+        return y + (adapter.scaling * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
     if short:
         return y.add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=adapter.scaling)
     h = F.linear(x, A.to(x.dtype)).reshape(-1, len(A))  # (..., I) -> (N, R)
@@ -102,14 +102,15 @@ def grouped(method: type[Any], rows: list[tuple[Any, float]], dtype: torch.dtype
     )
 
     def act(x: Tensor, y: Tensor) -> Tensor:
-        given = factors(is_short(x))
+        short = is_short(x)
         x = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])  # (N, T, I)
         if torch.is_grad_enabled():
-            return y + product(x, *given).view_as(y).to(y.dtype)
-        if add is not None and x.shape[1] == 1 and y.is_contiguous() and compiled.usable(y):
-            add([y.view(len(x), -1), x.contiguous()[:, 0], given[0], given[1].mT])
+            return y + product(x, *factors(short)).view_as(y).to(y.dtype)
+        if add is not None and x.shape[1] == 1 and y.dtype == x.dtype and y.is_contiguous() and compiled.usable(y):
+            A, up, *_ = factors(True)  # fp32, as it is compiled for
+            add([y.view(len(x), -1), x.contiguous()[:, 0], A, up.mT])
             return y
-        return y.add_(product(x, *given).view_as(y))
+        return y.add_(product(x, *factors(short)).view_as(y))
 
     return act
 

@@ -11,7 +11,7 @@ Module paths are the checkpoint's own, so that target names and adapter files me
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -292,12 +292,17 @@ def attend(
         return _capped(q, k, v, mask, scale or 1 / math.sqrt(K), softcap)
     if causal and short_attention_pays(q):
         return short_attention(q, k, v, scale or 1 / math.sqrt(K))
-    if causal and T >= 128 and q.dtype == torch.bfloat16 and quick(q) and not torch.cpu._is_amx_tile_supported():
+    if causal and T >= 128 and q.dtype == torch.bfloat16 and quick(q) and not has_amx():
         return _in_blocks(q, k, v, scale or 1 / math.sqrt(K))
     if T == 1 and groups > 1:  # the heads of a group become queries of one head: no copy of k and v
         y = F.scaled_dot_product_attention(q.reshape(B, -1, groups, K), k, v, attn_mask=mask, scale=scale)
         return y.reshape(B, H, 1, K)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
+
+
+@cache
+def has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())  # private: it may go
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -308,7 +313,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     B, H, T, K = q.shape
     q = (q.float() * scale).reshape(-1, H // k.shape[1], T, K)  # (B Hkv, H / Hkv, T, K)
     k, v = k.float().reshape(-1, T, K), v.reshape(-1, T, K)
-    y, hidden = v.new_empty(q.shape), torch.full((64, 64), -math.inf).triu(1)
+    y, hidden = v.new_empty(q.shape), torch.full((64, 64), -math.inf, dtype=torch.float32, device=q.device).triu(1)
     for start in range(0, T, 64):
         end = min(start + 64, T)
         scores = (q[:, :, start:end].flatten(1, 2) @ k[:, :end].mT).unflatten(1, (-1, end - start))

@@ -228,8 +228,9 @@ def config_from_json(raw: Any, where: str = "config.json") -> ModelConfig:
         if raw.get(key):
             raise ConfigError(f"{where} describes {what} ({key}), which is not implemented; use a dense text model")
     method = raw.get("quantization_config")
-    name = method.get("quant_method") if isinstance(method, dict) else method
-    if method and not (name == "bitsandbytes" and method.get("load_in_4bit")):  # which is read as it is
+    given = method if isinstance(method, dict) else {"quant_method": method}
+    name = given.get("quant_method")
+    if method and not (name == "bitsandbytes" and given.get("load_in_4bit")):  # which is read as it is
         raise ConfigError(
             f"{where}: the weights are quantized with {name!r}, which is not read; use the original checkpoint"
         )

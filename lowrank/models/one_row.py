@@ -5,7 +5,8 @@ when they are there. At one row a product is a sum over each row of a weight as 
 memory. Roundings to bf16 are where the modules round (after each product, norm, rotation and sum); sums are fp32, in
 another order than oneDNN's, and the weights of attention stay fp32 until they are summed up.
 
-Models of the plain Llama kind take part; `plain` says which.
+Models of the plain Llama kind take part; `plain` says which. Whoever changes an equation in `decoder.py` changes
+`layer` too: tests/models/test_one_row.py compares the two.
 """
 
 from collections.abc import Iterator
@@ -26,19 +27,9 @@ from lowrank.quant.compiled import held, waves
 from lowrank.quant.linear import QuantizedLinear, own_forward
 
 BF16 = torch.bfloat16
-KINDS = (
-    Decoder,
-    Block,
-    Attention,
-    MLP,
-    RMSNorm,
-    Slot,
-    QuantizedLinear,
-    nn.Linear,
-    nn.Embedding,
-    nn.ModuleList,
-    nn.Module,
-)
+KINDS: tuple[type[nn.Module], ...] = (Decoder, Block, Attention, MLP, RMSNorm, Slot)
+KINDS += (QuantizedLinear, nn.Linear, nn.Embedding, nn.ModuleList, nn.Module)
+FORWARDS = {kind: kind.forward for kind in KINDS}  # what `layer` stands for; whoever replaces one gets it
 
 
 def product(w: Tensor, x: Tensor, bias: Tensor) -> Tensor:
@@ -90,10 +81,10 @@ class Steps:
     def __init__(self, model: Any, kept: Any, tokens: int) -> None:
         c, n = model.config, model.family.names
         self.embedding, norm, lm_head = (_weight(model.get_submodule(path)) for path in (n.embed, n.norm, n.lm_head))
-        eps, scale = torch.tensor(c.norm_eps), torch.tensor(c.attn_scale or c.head_dim**-0.5)
+        eps, scale = (_number(value) for value in (c.norm_eps, c.attn_scale or c.head_dim**-0.5))
         self.layers = [[eps, scale, *_weights(block, n, kept, self.embedding[:1])] for block in model.blocks]
         self.last = [eps, norm, lm_head]
-        cos, sin = rotation(c.rope, torch.arange(tokens)[None], tokens)
+        cos, sin = rotation(c.rope, torch.arange(tokens, device="cpu")[None], tokens)
         self.cos, self.sin = cos[0, :, 0], sin[0, :, 0]  # (tokens, K)
         self.run_layer, self.run_head = compiled.loop("layer"), compiled.loop("head")
 
@@ -115,6 +106,10 @@ class Steps:
         return logits
 
 
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def _weight(module: nn.Module) -> Tensor:
     return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
 
@@ -134,7 +129,7 @@ def _weights(block: nn.Module, n: Names, kept: Any, x: Tensor) -> list[Tensor]:
     biases: list[Tensor] = []
     for parent, names, sizes in groups:
         layers = tuple(getattr(parent, name) for name in names)
-        if isinstance(layers[0], QuantizedLinear):
+        if any(isinstance(layer, QuantizedLinear) for layer in layers):  # None where some are and some are not
             form = kept.form(layers, x)
             pairs = [] if form is None else [(form.keywords["weight"], form.keywords["bias"])]
         else:
@@ -153,14 +148,21 @@ def plain(model: nn.Module, tokens: int) -> bool:
     c, family, n = model.config, model.family, model.family.names
     rope = c.rope is not None and c.rope.dim == c.head_dim and not c.rope.interleaved and c.rope_local is None
     bare = not (family.conv1d or family.embed_scale or n.positions or n.q_norm or n.attn_post_norm or n.mlp_post_norm)
+    embed, lm_head = model.get_submodule(n.embed), model.get_submodule(n.lm_head)
+    if type(embed) is not nn.Embedding or type(lm_head) is not nn.Linear or lm_head.bias is not None:
+        return False
     return (
-        rope and bare and family.norm == "rms" and bool(n.gate or n.gate_up) and c.activation == "silu"
+        embed.weight.dtype == BF16 and embed.weight.is_cpu
+        and rope and bare and family.norm == "rms" and bool(n.gate or n.gate_up) and c.activation == "silu"
         and c.attn_softcap is None and c.final_softcap is None and not depends_on_length(c)
         and all(w is None or w >= tokens for w in c.windows)
         and all(
-            type(m) in KINDS and not (m._forward_hooks or m._forward_pre_hooks or own_forward(m))
+            type(m).forward is FORWARDS.get(type(m)) and not own_forward(m)
+            and not (m._forward_hooks or m._forward_pre_hooks)
+            and (type(m) is not RMSNorm or m.eps == c.norm_eps)
             for m in model.modules()
         )
+        and not torch.nn.modules.module._global_forward_hooks and not {"head", "hidden"} & model.__dict__.keys()
     )  # fmt: skip
 
 
@@ -173,14 +175,18 @@ def one_row(model: nn.Module, rows: int, tokens: int) -> Iterator[Steps | None]:
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     kept: Any = next((m.__dict__["_kept"] for m in model.modules() if m.__dict__.get("_kept") is not None), None)
     size = sum(2 * m.out_features * m.in_features for m in quantized)
-    if kept is None or size > kept.budget:
+    # copies in another order are there already where several rows went before: they keep their budget
+    if kept is None or size > kept.budget or any(form and not own for (*_, own), (form, *_) in kept.forms.items()):
         yield None
         return
     kept.plain = True
     try:
         steps = Steps(model, kept, tokens)
-        kept.plain = steps.complete()
-        yield steps if kept.plain else None
+        if not (whole := steps.complete()):
+            kept.forms.clear()
+            kept.left = kept.budget
+        kept.plain = whole
+        yield steps if whole else None
     finally:
         kept.plain = False
 

@@ -1,8 +1,9 @@
-"""The codec's inner loops, compiled ahead of time where there is a C++ compiler: 4 bits to bf16, and back.
+"""Inner loops compiled ahead of time where there is a C++ compiler; here the codec's, 4 bits to bf16 and back.
 
 `lowrank doctor --compile` builds them once for a machine, into the cache folder. A process loads what it finds there in
-a few milliseconds and never compiles; without it, or with LOWRANK_COMPILED=off, the eager loops of `codec.py` run. Both
-give the same bits: a loaded loop is tried against its own source run eagerly, and left alone where it differs.
+a few milliseconds and never compiles; without it, or with LOWRANK_COMPILED=off, eager torch runs. A loaded
+loop is tried against its own source run eagerly, and left alone where it differs: the codec's give the same bits, the
+others (`models/one_row.py`, `methods/lora_paths.py`) sums in another order.
 
 Decoding. A block has only 16 values v_k = bf16(c_k A). A byte gives two of them, which are the halves of one int32.
 Each bit of a code becomes a mask of its half, and halves the values to choose from. That is the shortest way in lanes
@@ -143,7 +144,7 @@ def close(want: Tensor, got: Tensor) -> bool:
 
 @cache
 def ones(dtype: torch.dtype) -> Tensor:
-    return torch.tensor([0xFFFF], dtype=dtype)
+    return torch.tensor([0xFFFF], dtype=dtype, device="cpu")
 
 
 def _decode_example() -> list[Tensor]:
@@ -220,6 +221,8 @@ def build() -> float:
             to = f"{temporary}/{name}.pt2"
             torch._inductor.aoti_compile_and_package(program, package_path=to, inductor_configs=settings)
             os.replace(to, package(name))
+        for old in set(folder().glob(f"{name}-*.pt2")) - {package(name)}:
+            old.unlink()
     loop.cache_clear()
     return time.perf_counter() - start
 
@@ -232,20 +235,25 @@ def loop(name: str) -> Callable[[list[Tensor]], object] | None:
         raise unknown("value of LOWRANK_COMPILED", mode, MODES)
     if mode == "off" or not package(name).is_file():
         return None
-    source = SOURCES[name]
-    want, got = source.example(), source.example()
-    source.function(*want)
+    source, before = SOURCES[name], torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
+        with torch.device("cpu"):
+            want, got = source.example(), source.example()
+            source.function(*want)
         run = torch._C._aoti.AOTIModelPackageLoader(str(package(name)), "model", False, 1, -1).run
         run(got)
     except (AttributeError, RuntimeError, TypeError):  # the loader is private: it may change
         return None
+    finally:
+        torch.set_default_dtype(before)
     return run if all(map(source.alike, want, got)) else None
 
 
 def usable(tensor: Tensor) -> bool:
     """Whether a loop may take this tensor's memory: a plain one on a CPU, not while somebody else compiles."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    plain = tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    return plain and torch.get_default_dtype() == torch.float32  # the constants of a loop have that
 
 
 def describe() -> str:

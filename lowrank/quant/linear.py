@@ -164,6 +164,13 @@ def own_forward(layer: nn.Module) -> bool:
     return forward is not None and getattr(forward, "func", None) is not _kept_forward
 
 
+def unshared(layer: nn.Module, y: Tensor) -> Tensor:
+    """y = layer(x), which may be written to: a copy where a hook, an edit or a class of somebody's may have kept it."""
+    hooked = layer._forward_hooks or torch.nn.modules.module._global_forward_hooks
+    known = type(layer) in (nn.Linear, QuantizedLinear) and not own_forward(layer)
+    return y if known and not hooked else y.clone()
+
+
 def _kept_forward(layer: nn.Linear, x: Tensor) -> Tensor:
     kept: Any = layer._kept
     y = None if kept is None or torch.is_grad_enabled() else kept.product((layer,), x)

@@ -45,7 +45,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, state: dic
     if torch.cuda.is_available():
         moments["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             moments[f"{key}.{name}"] = value
     write_tensors(target / "optimizer.safetensors", moments)
     write_json(target / STATE, state)
@@ -77,6 +77,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: AdamW) -> dict[str,
             parameter.copy_(saved[name])
             state = optimizer.state[parameter]
             for key in state:
+                if f"{key}.{name}" not in moments:
+                    raise FileFormatError(f"{path}/optimizer.safetensors has no {key}.{name}; it is damaged or too old")
                 state[key].copy_(moments[f"{key}.{name}"])
         for name, buffer in scores(model).items():
             buffer.copy_(moments[f"buffer.{name}"])

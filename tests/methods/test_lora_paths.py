@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.adapter import carried
-from lowrank.methods.lora import LoRAConfig
+from lowrank.adapter import Adapter, carried
+from lowrank.methods.lora import LoRA, LoRAConfig
 from lowrank.quant import compiled
 
 ROWS = ["a", None, {"b": 0.5}, "b"]
@@ -36,9 +36,88 @@ def model() -> nn.Module:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The loops' own Python in place of what a compiler makes of it; the calls, by name."""
     calls: list[str] = []
-    run = {name: source.function for name, source in compiled.SOURCES.items()}
-    monkeypatch.setattr(compiled, "loop", lambda name: lambda given: (calls.append(name), run[name](*given)))
+
+    def loop(name: str) -> object:
+        source = compiled.SOURCES[name]
+
+        def run(given: list[torch.Tensor]) -> None:
+            assert [t.dtype for t in given] == [t.dtype for t in source.example()]  # a compiled loop asks nothing
+            calls.append(name)
+            source.function(*given)
+
+        return run
+
+    monkeypatch.setattr(compiled, "loop", loop)
     return calls
+
+
+@pytest.mark.usefixtures("calls")
+def test_forty_rows_of_one_token_take_the_loop_in_fp32(model: nn.Module) -> None:
+    x, rows = torch.randn(40, 1, 24).bfloat16(), ["a", "b"] * 20
+    with torch.no_grad(), lowrank.rows(model, rows):
+        got = model(x)
+    with torch.no_grad(), lowrank.rows(model.float(), rows):
+        want = model(x.float())
+    assert (got.float() - want).norm() <= 2**-7 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_tokens_in_place_are_forward(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40).to(dtype)
+    adapter = LoRA(LoRAConfig(rank=4), layer)
+    nn.init.normal_(adapter.lora_B)
+    x = torch.randn(2, 40, 24).to(dtype)
+    with torch.no_grad():
+        got, want = adapter.fused(x, layer), adapter(x, layer(x), layer)
+    assert got is not None and got.dtype == dtype
+    # bf16 rounds A, B and x Aᵀ too: four roundings where forward has two
+    limit = 2**-7 if dtype == torch.bfloat16 else 2**-20
+    assert (got - want).float().norm() <= limit * want.float().norm()
+
+
+def test_a_changed_dropout_or_factor_is_never_bypassed() -> None:
+    class Halved(LoRA):
+        def dropped(self, x: torch.Tensor) -> torch.Tensor:
+            return 0 * x
+
+    class WithModule(Adapter):
+        Config = LoRAConfig
+
+        def __init__(self, config: LoRAConfig, base: nn.Module) -> None:
+            super().__init__(config, base)
+            self.dropout = nn.Dropout(config.dropout)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor, base: nn.Module) -> torch.Tensor:
+            return y + self.dropout(x).sum()
+
+    class FrozenA(LoRA):
+        def __init__(self, config: LoRAConfig, base: nn.Module) -> None:
+            super().__init__(config, base)
+            A = self.lora_A.detach()
+            del self.lora_A
+            self.register_buffer("lora_A", A)
+
+    assert not any(Halved.may(path) for path in ("fused", "projected", "grouped")) and FrozenA.may("fused")
+    layer, x = nn.Linear(3, 3), torch.ones(1, 3)
+    with torch.no_grad():
+        assert torch.isfinite(WithModule(LoRAConfig(), layer)(x, layer(x), layer)).all()
+        assert FrozenA(LoRAConfig(rank=2), layer).fused(x, layer) is not None
+
+
+def test_an_output_that_its_layer_keeps_is_not_written_over() -> None:
+    class Keeps(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = super().forward(x)
+            return self.last
+
+    base = Keeps(24, 24)
+    adapter = LoRA(LoRAConfig(rank=2), base)
+    nn.init.normal_(adapter.lora_B)
+    x = torch.randn(2, 24)
+    with torch.no_grad():
+        adapter.fused(x, base)
+        assert torch.equal(base.last, nn.functional.linear(x, base.weight, base.bias))
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 24), (4, 24)])
