@@ -24,7 +24,6 @@ from lowrank.quant.tensor import QuantizedTensor
 
 PACKED_ROWS = 8  # from here on it is no faster than decoding and a dense product
 GROUPS = (32, 64, 128, 256)
-TURNED_PIECES = 2**13  # decoded in one call: the 16 values of each, 1 MB in all, stay in the cache
 TURNED_BYTES = 2**28  # of workspaces in a thread
 
 
@@ -121,10 +120,7 @@ def turned_product(dy: Tensor, q: QuantizedTensor) -> Tensor | None:
         return None
     scales = piece_scales(q.block_scales(), q.block_size).view(O // 2, 2, -1)
     codes = q.codes.contiguous().view(O // 2, 2, -1, 32)
-    table, ones = codebook(q.format), compiled.ones(torch.int64)
-    for start in range(0, O // 2, step := max(2, TURNED_PIECES * 64 // I)):
-        part = slice(min(start, O // 2 - 2), start + step)  # torch.export makes a size of 1 another program
-        run([words[part], codes[part], scales[part], table, ones])
+    run([words, codes, scales, codebook(q.format), compiled.ones(torch.int64)])
     return torch.ops.mkldnn._linear_pointwise.default(dy, weight, None, "none", [], "")  # type: ignore[no-any-return]
 
 
