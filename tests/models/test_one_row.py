@@ -235,7 +235,7 @@ for threads in (1, 2):
         want, got = one_row._layer_example(*sizes), one_row._layer_example(*sizes)
         function(*want)
         compiled.loop("layer")(got)
-        assert all(map(one_row._close, want, got)), (threads, sizes)
+        assert all(map(compiled.close, want, got)), (threads, sizes)
         assert not torch.equal(got[0], one_row._layer_example(*sizes)[0]), "nothing was written"
         assert all(map(torch.equal, want[7:], got[7:])), "a weight was changed"
 """
