@@ -128,6 +128,11 @@ def measure_linear(
         with decoded(layer):
             row |= {"ours, kept": median_ms({"kept": kept}, seconds)["kept"]}
     emit(shape, f"forward M={M}", row)
+    decoded_weight = layer.quantized.dequantize()
+    for got, want in zip(
+        (layer(x), *torch.autograd.grad(layer(x), x, dy)), (x @ decoded_weight.T, dy @ decoded_weight)
+    ):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=1.0)  # sums of 4096 products of order 1, to bf16
     calls = {name: (lambda f=f: torch.autograd.grad(f(x), x, dy)) for name, f in contestants.items()}
     calls["ours, eager"] = eager(calls["ours"])
     emit(shape, f"forward + backward M={M}", median_ms(calls, seconds))
