@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -218,6 +219,6 @@ for threads in (1, 2):
 def test_what_is_compiled_does_what_its_source_says(tmp_path: Path) -> None:
     environment = {**os.environ, "LOWRANK_CACHE": str(tmp_path), "LOWRANK_COMPILED": "auto"}
     done = subprocess.run([sys.executable, "-c", SWEEP], env=environment, capture_output=True, text=True)
-    if done.returncode and "ompiler" in done.stderr:
+    if done.returncode and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler here")
     assert done.returncode == 0, done.stderr

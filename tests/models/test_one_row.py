@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,6 +248,6 @@ def test_what_is_compiled_does_what_its_source_says(tmp_path: Path) -> None:
     environment = {**os.environ, "LOWRANK_CACHE": str(tmp_path), "LOWRANK_COMPILED": "auto"}
     for how in ("build", "load"):
         done = subprocess.run([sys.executable, "-c", SWEEP, how], env=environment, capture_output=True, text=True)
-        if how == "build" and "ompiler" in done.stderr and done.returncode:
+        if done.returncode and shutil.which(os.environ.get("CXX", "g++")) is None:
             pytest.skip("there is no C++ compiler")
         assert done.returncode == 0, done.stderr

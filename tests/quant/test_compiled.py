@@ -1,6 +1,7 @@
 """The loops that a C++ compiler can take over: the same bits as the reference, as Python, compiled, and in use."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -184,7 +185,7 @@ def test_compiled_and_eager_give_the_same_bits(tmp_path: Path) -> None:
             "LOWRANK_COMPILED": "off" if how == "off" else "auto",
         }
         done = subprocess.run([sys.executable, "-c", SWEEP, how], env=environment, capture_output=True, text=True)
-        if how == "build" and "ompiler" in done.stderr and done.returncode:
+        if done.returncode and shutil.which(os.environ.get("CXX", "g++")) is None:
             pytest.skip("there is no C++ compiler")
         assert done.returncode == 0, done.stderr
         return done.stdout
