@@ -149,18 +149,6 @@ def flops() -> float:
     return 2 * 2048**3 / min(seconds(lambda: x @ x) for _ in range(5)) / 1e9
 
 
-def compiled_in() -> float | None:
-    """Build the compiled loops; the seconds it took, None where that cannot be done."""
-    from lowrank.models import one_row  # noqa: F401 - its loops are built too
-    from lowrank.quant import compiled
-
-    try:
-        return round(compiled.build(), 1)
-    except Exception as error:
-        print(f"nothing is compiled here: {error}")
-        return None
-
-
 def process(*arguments: str) -> float:
     """The median of 5 runs of a Python process, in seconds."""
     command = [sys.executable, *arguments]
@@ -185,7 +173,11 @@ def main() -> None:
         system, folder = args.run
         print(json.dumps((ours if system.startswith("lowrank") else theirs)(system, folder)))
         return
+    from bench.bench_quant import compiled_in
+    from lowrank.models import one_row
+
     compile_s = compiled_in()
+    print(f"generation: {one_row.describe()}")
     peers = installed("transformers") and installed("bitsandbytes")
     systems = [system for system in SYSTEMS if peers or system.startswith("lowrank")]
     found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}

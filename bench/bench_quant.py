@@ -132,7 +132,7 @@ def measure_linear(
     for got, want in zip(
         (layer(x), *torch.autograd.grad(layer(x), x, dy)), (x @ decoded_weight.T, dy @ decoded_weight)
     ):
-        torch.testing.assert_close(got, want, rtol=2**-6, atol=1.0)  # sums of 4096 products of order 1, to bf16
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1.0)  # a bf16 each; n² 2⁻²⁴ in fp32, n = 4096 of order 1
     calls = {name: (lambda f=f: torch.autograd.grad(f(x), x, dy)) for name, f in contestants.items()}
     calls["ours, eager"] = eager(calls["ours"])
     emit(shape, f"forward + backward M={M}", median_ms(calls, seconds))
@@ -201,13 +201,17 @@ def main() -> None:
         compare(options)
 
 
-def compare(options: argparse.Namespace) -> None:
+def compiled_in() -> float | None:
+    """Build the compiled loops; the seconds it took, None where that cannot be done."""
     try:
-        seconds = round(compiled.build(), 1)
-    except Exception as error:
+        return round(compiled.build(), 1)
+    except RuntimeError as error:
         print(f"nothing is compiled here: {error}")
-        seconds = None
-    about = {**machine(), "compile_s": seconds}
+        return None
+
+
+def compare(options: argparse.Namespace) -> None:
+    about = {**machine(), "compile_s": compiled_in()}
     print(*(f"{name}: {value}" for name, value in about.items()), sep="\n")
     RESULTS.parent.mkdir(exist_ok=True)
     for allocator, extra in (("as it is", {}), ("tuned", TUNED)):

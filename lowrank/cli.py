@@ -164,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("doctor", _doctor, "Versions, devices, and what will be used.", "lowrank doctor quickstart")
     command.add_argument("model", nargs="?", help="quickstart, a folder or a .gguf: what its layers run as, in NF4")
-    command.add_argument("--compile", action="store_true", help="compile the CPU's NF4 loops for this machine, once")
+    command.add_argument("--compile", action="store_true", help="compile the CPU's inner loops for this machine, once")
     return top
 
 

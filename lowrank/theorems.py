@@ -78,12 +78,9 @@ def merged_layer(model: Host, dtype: torch.dtype) -> nn.Linear:
     return merged
 
 
-for name, shapes, bias, kind in (
-    ("merge == forward, square and not", SHAPES, False, "dense"),
-    ("merge == forward with a bias", SHAPES[:1], True, "dense"),
-    ("merge == forward on an NF4 base", SHAPES[:2], True, "nf4"),
-):
-    theorem(name)(partial(_merge_agrees, shapes=shapes, bias=bias, kind=kind))
+theorem("merge == forward, square and not")(partial(_merge_agrees, shapes=SHAPES, bias=False, kind="dense"))
+theorem("merge == forward with a bias")(partial(_merge_agrees, shapes=SHAPES[:1], bias=True, kind="dense"))
+theorem("merge == forward on an NF4 base")(partial(_merge_agrees, shapes=SHAPES[:2], bias=True, kind="nf4"))
 
 
 @theorem("an embedding and a Conv1D are linear layers too")

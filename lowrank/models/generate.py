@@ -1,7 +1,7 @@
 """Text generation: batched, left-padded, with a cache of keys and values allocated once.
 
 Rows that are finished leave the batch, eight at a time: leaving copies the cache of those that stay, and each new size
-of the batch costs memory (see decoder.Packing).
+of the batch costs memory (see packing.py).
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import carried
-from lowrank.models.decoder import KVCache, positions_from_mask, rounded_up
+from lowrank.models.decoder import KVCache, positions_from_mask
 from lowrank.models.one_row import one_row
+from lowrank.models.packing import rounded_up
 from lowrank.models.tokenizer import Tokenizer
 from lowrank.quant.linear import decoded
 

@@ -86,7 +86,8 @@ class Steps:
         self.last = [eps, norm, lm_head]
         cos, sin = rotation(c.rope, torch.arange(tokens, device="cpu")[None], tokens)
         self.cos, self.sin = cos[0, :, 0], sin[0, :, 0]  # (tokens, K)
-        self.run_layer, self.run_head = compiled.loop("layer"), compiled.loop("head")
+        self.run_layer: Any = compiled.loop("layer")
+        self.run_head: Any = compiled.loop("head")
 
     def complete(self) -> bool:
         """Whether the loops are there, and every tensor is what they were compiled for."""
@@ -99,10 +100,10 @@ class Steps:
         at, x = cache.stored, self.embedding[id].clone()
         cos, sin = self.cos[at], self.sin[at]
         for weights, (k, v) in zip(self.layers, cache.layers):
-            self.run_layer([x, cos, sin, k[0, :at], v[0, :at], k[0, at], v[0, at], *weights])  # type: ignore[misc]
+            self.run_layer([x, cos, sin, k[0, :at], v[0, :at], k[0, at], v[0, at], *weights])
         cache.stored += 1
         logits = x.new_empty(1, len(self.last[2]))
-        self.run_head([logits[0], x, *self.last])  # type: ignore[misc]
+        self.run_head([logits[0], x, *self.last])
         return logits
 
 
@@ -110,8 +111,9 @@ def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-def _weight(module: nn.Module) -> Tensor:
-    return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight.detach()
 
 
 def _weights(block: nn.Module, n: Names, kept: Any, x: Tensor) -> list[Tensor]:

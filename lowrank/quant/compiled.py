@@ -205,7 +205,10 @@ def package(name: str) -> Path:
 
 
 def build() -> float:
-    """Compile every loop into `folder()`; the seconds it took."""
+    """Compile every loop of the modules that are imported into `folder()`; the seconds it took.
+
+    RuntimeError where that fails, for want of a C++ compiler above all.
+    """
     start = time.perf_counter()
     folder().mkdir(parents=True, exist_ok=True)
     for name, source in SOURCES.items():
@@ -219,7 +222,11 @@ def build() -> float:
         with tempfile.TemporaryDirectory(dir=folder()) as temporary:
             settings = {"cpp.dynamic_threads": True, **source.settings}  # as many threads as torch has when it runs
             to = f"{temporary}/{name}.pt2"
-            torch._inductor.aoti_compile_and_package(program, package_path=to, inductor_configs=settings)
+            try:
+                torch._inductor.aoti_compile_and_package(program, package_path=to, inductor_configs=settings)
+            except torch._inductor.exc.InductorError as error:
+                way_out = "install g++, or name another compiler in CXX; without, eager torch runs"
+                raise RuntimeError(f"{name} could not be compiled, {error}: {way_out}") from error
             os.replace(to, package(name))
         for old in set(folder().glob(f"{name}-*.pt2")) - {package(name)}:
             old.unlink()

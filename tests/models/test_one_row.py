@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,12 +84,12 @@ def test_logits_are_as_near_to_fp32_as_the_modules(name: str, eager_loops: list[
     assert distance(got, modules) < 1.5 * distance(modules, exact)
 
 
-def test_the_real_model_s_logits(smollm2: tuple[nn.Module, object], eager_loops: list[str]) -> None:
+def test_the_real_model_s_logits(smollm2: tuple[Decoder, Any], eager_loops: list[str]) -> None:
     """30 layers of about ten roundings of 2⁻⁹ each, independent: √300 · 2⁻⁹ = 3 % of the logits, by either way."""
     exact, tokenizer = smollm2
-    ids = tokenizer.encode("The history of the village begins with a river")  # type: ignore[attr-defined]
+    ids = tokenizer.encode("The history of the village begins with a river")
     model = copy.deepcopy(exact).to(torch.bfloat16)
-    got = by_steps(model, ids)  # type: ignore[arg-type]
+    got = by_steps(model, ids)
     with torch.no_grad():
         modules, want = (m(torch.tensor([ids]))[0, 3:] for m in (model, exact))
     assert distance(got, want) < 1.2 * distance(modules, want) < 0.03

@@ -192,3 +192,10 @@ def test_compiled_and_eager_give_the_same_bits(tmp_path: Path) -> None:
 
     built = sweep("build")
     assert built == sweep("load") == sweep("off")
+
+
+def test_without_a_compiler_it_says_the_way_out(tmp_path: Path) -> None:
+    environment = {**os.environ, "LOWRANK_CACHE": str(tmp_path), "CXX": str(tmp_path / "no-compiler")}
+    command = [sys.executable, "-m", "lowrank.cli", "doctor", "--compile"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "install g++" in done.stderr and not list(tmp_path.rglob("*.pt2"))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -103,16 +104,8 @@ def one_step_gradient(batch: dict[str, torch.Tensor], **changes: object) -> list
     model = fresh()
     captured: list[torch.Tensor] = []
     first = next(p for p in model.parameters() if p.requires_grad)
-    optimizer_step = AdamW.step
-
-    def spy(self: AdamW) -> None:
-        captured.extend(gradients(model))
-
-    AdamW.step = spy  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(AdamW, "step", lambda self: captured.extend(gradients(model))):
         fit(model, [batch], TrainConfig(steps=1, clip=0, save_every=0, **changes))  # type: ignore[arg-type]
-    finally:
-        AdamW.step = optimizer_step  # type: ignore[method-assign]
     assert first is not None and captured
     return captured
 
