@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank.quant.linear import unshared
+from lowrank.quant.linear import fresh
 
 if TYPE_CHECKING:
     from lowrank.adapter import AdaptedLinear, Adapter, Weights
@@ -49,9 +49,10 @@ class Rows:
             self.plans[key] = None if torch.is_grad_enabled() else plan
         if len(plan.parts) == 1:
             return layer.adapted(plan.parts[0][0], x, *context)
-        y = layer.base(x, *context)
+        base: Any = layer._modules["base"]
         if plan.act is not None:
-            return plan.act(x, y if torch.is_grad_enabled() else unshared(layer.base, y))
+            return plan.act(x, base(x, *context) if torch.is_grad_enabled() else fresh(base, x, *context))
+        y = base(x, *context)
         parts = []
         for acting, index in plan.parts:
             part = tuple(c[index] if isinstance(c, Tensor) else c for c in context)

@@ -35,8 +35,8 @@ def report(model: str | None = None) -> str:
     rows.append(("generation", one_row.describe()))
     fused = sorted(name for name, method in METHODS.items() if method.may("fused"))
     rows.append(("adapters", f"fused path: {', '.join(fused)}; the other {len(METHODS) - len(fused)} by their forward"))
-    by_row = "compiled for this machine" if compiled.loop("lora_rows") else "eager torch"
-    rows.append(("LoRA by row, one token each", by_row))
+    both = compiled.loop("lora_rows") and compiled.loop("lora_short")
+    rows.append(("LoRA on a few tokens", "compiled for this machine" if both else "eager torch"))
     rows.append(
         (
             "C++ compiler",

@@ -82,21 +82,15 @@ def attachments(model: nn.Module) -> dict[str, Attachment]:
     return carried(model).attachments
 
 
-def places(model: nn.Module) -> dict[str, nn.Module]:
+def places(model: nn.Module, path: str = "") -> dict[str, nn.Module]:
     """path -> layer of everything an adapter could be asked to go to; an adapted layer counts as its base."""
     found: dict[str, nn.Module] = {}
-
-    def walk(module: nn.Module, path: str) -> None:
-        for child, inner in module._modules.items():
-            if inner is not None:
-                name = f"{path}.{child}" if path else child
-                if isinstance(inner, AdaptedLinear):
-                    found[name] = inner.base
-                else:
-                    found[name] = inner
-                    walk(inner, name)
-
-    walk(model, "")
+    for child, inner in model._modules.items():
+        if inner is not None:
+            name = f"{path}.{child}" if path else child
+            adapted = isinstance(inner, AdaptedLinear)
+            found[name] = inner._modules["base"] if adapted else inner  # type: ignore[assignment]
+            found |= {} if adapted else places(inner, name)
     return found
 
 

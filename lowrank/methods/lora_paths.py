@@ -4,8 +4,9 @@
     without             in place in y = base(x), which nobody else has yet
     an adapter a row    two batched products for all rows of the batch (`kernels/lora_grouped.py`)
 
-A decoding step on a CPU is many small calls. There the rows' update is one loop, compiled where `lowrank doctor
---compile` was run (`quant/compiled.py`); it reads the factors once, at the speed of memory.
+A decoding step on a CPU is many small calls. There the update of a layer is one loop, compiled where `lowrank doctor
+--compile` was run (`quant/compiled.py`): of one adapter on one thread, which need not wait for another; of an adapter a
+row at the speed at which memory gives their factors.
 """
 
 from functools import cache, partial
@@ -21,10 +22,11 @@ from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref
 from lowrank.kernels.lora_linear import Weight, lora_linear
 from lowrank.quant import compiled
 from lowrank.quant.compiled import held, waves
-from lowrank.quant.linear import QuantizedLinear, product_back, unshared
+from lowrank.quant.linear import QuantizedLinear, fresh, product_back
 from lowrank.quant.linear import linear as quantized_linear
 
 HALF = (torch.bfloat16, torch.float16)
+ALONE = 256  # tokens times rank that one thread works through before two would be worth their waiting for each other
 
 
 def fused(adapter: Any, x: Tensor, base: nn.Module) -> Tensor | None:
@@ -41,10 +43,15 @@ def fused(adapter: Any, x: Tensor, base: nn.Module) -> Tensor | None:
     short = is_short(x)
     if not short and (x.dtype not in (A.dtype, *HALF) or torch.is_autocast_enabled(x.device.type)):
         return None
-    y = unshared(base, base(x))
+    y = fresh(base, x)
     if y.dtype != x.dtype:
         return y + (adapter.scaling * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
     if short:
+        few = x.dim() == 3 and 0 < x.numel() * len(A) <= ALONE * x.shape[-1] and _plain(x, y)
+        fp32 = A.dtype == torch.float32 == B.dtype and A.is_contiguous() and B.is_contiguous()
+        if few and fp32 and (add := compiled.loop("lora_short")) is not None:
+            add([y, x, A, B, number(adapter.scaling)])
+            return y
         return y.add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=adapter.scaling)
     h = F.linear(x, A.to(x.dtype)).reshape(-1, len(A))  # (..., I) -> (N, R)
     return y.reshape(-1, y.shape[-1]).addmm_(h, B.to(x.dtype).T.contiguous(), alpha=adapter.scaling).view_as(y)
@@ -53,6 +60,11 @@ def fused(adapter: Any, x: Tensor, base: nn.Module) -> Tensor | None:
 def is_short(x: Tensor) -> bool:
     """Whether fp32 is quicker than 16 bits: on a CPU, where any product in 16 bits takes 30 µs, up to 32 tokens."""
     return x.is_cpu and x.numel() <= 32 * x.shape[-1]
+
+
+@cache
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def projected(method: type[Any], adapters: list[Any], x: Tensor, bases: list[nn.Module]) -> tuple[Tensor, ...] | None:
@@ -89,44 +101,63 @@ def grouped(method: type[Any], rows: list[tuple[Any, float]], dtype: torch.dtype
     product = lora_grouped if A.is_cuda or mode() == "triton" else lora_grouped_ref
 
     @cache
-    def factors(short: bool) -> tuple[Any, ...]:
-        kind = A.dtype if short or dtype.itemsize != 2 else dtype
+    def by_row(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        return A[index].to(kind), (up[index] * scaling[:, None, None]).to(kind)  # (N, R, I), (N, R, O)
+
+    @cache
+    def factors(kind: torch.dtype) -> tuple[Any, ...]:
         if A.is_cuda:
             return A.to(kind), up.mT.to(kind), scaling, index
-        return A[index].to(kind), (up[index] * scaling[:, None, None]).to(kind).mT, None, None
+        return by_row(kind)[0], by_row(kind)[1].mT, None, None
 
-    add = (
-        compiled.loop("lora_rows")
-        if (A.device.type, A.dtype, dtype) == ("cpu", torch.float32, torch.bfloat16)
-        else None
-    )
+    whole = (A.device.type, A.dtype, dtype) == ("cpu", torch.float32, torch.bfloat16)
+    add = compiled.loop("lora_rows") if whole else None
 
     def act(x: Tensor, y: Tensor) -> Tensor:
-        short = is_short(x)
-        x = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])  # (N, T, I)
-        if torch.is_grad_enabled():
-            return y + product(x, *factors(short)).view_as(y).to(y.dtype)
-        if add is not None and x.shape[1] == 1 and y.dtype == x.dtype and y.is_contiguous() and compiled.usable(y):
-            A, up, *_ = factors(True)  # fp32, as it is compiled for
-            add([y.view(len(x), -1), x.contiguous()[:, 0], A, up.mT])
+        in_place = not torch.is_grad_enabled()
+        if in_place and add is not None and x.numel() == len(rows) * x.shape[-1] and _plain(x, y):
+            given = (y, x) if x.dim() == 3 else (y.view(len(rows), 1, -1), x.view(len(rows), 1, -1))
+            add([*given, *by_row(dtype)])
             return y
-        return y.add_(product(x, *factors(short)).view_as(y))
+        kind = A.dtype if is_short(x) or dtype.itemsize != 2 else dtype
+        x = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])  # (N, T, I)
+        update = product(x, *factors(kind)).view_as(y)
+        return y.add_(update) if in_place else y + update.to(y.dtype)
 
     return act
 
 
+def _plain(x: Tensor, y: Tensor) -> bool:
+    """Whether loops that read x and change y may do so: bf16 without gaps."""
+    return x.dtype == y.dtype == torch.bfloat16 and x.is_contiguous() and y.is_contiguous() and compiled.usable(y)
+
+
+def add_short(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor) -> None:
+    """y (N, T, O) += scaling x Aᵀ Bᵀ, in bf16 and rounded once; A (R, I) and B (O, R) in fp32, scaling ()."""
+    h, up = held((x.float()[:, :, None] * A).sum(-1)), held(B.mT.contiguous())  # (N, T, R), (R, O)
+    y.copy_((y.float() + scaling * (h[..., None] * up).sum(-2)).to(y.dtype))
+
+
 def add_rows(y: Tensor, x: Tensor, A: Tensor, up: Tensor) -> None:
-    """y (N, O) += x Aᵀ up, row by row: bf16 and rounded once; A (N, R, I) and up (N, R, O) in fp32."""
-    h = held((x.float()[:, None] * A).sum(-1))  # (N, R)
-    y.copy_((y.float() + (h[:, :, None] * up).sum(1)).to(y.dtype))
+    """y (N, T, O) += x Aᵀ up, row by row, rounded once; A (N, R, I), up (N, R, O). All in bf16, sums in fp32."""
+    h = held((x.float()[:, :, None] * A.float()[:, None]).sum(-1))  # (N, T, R)
+    y.copy_((y.float() + (h[..., None] * up.float()[:, None]).sum(-2)).to(y.dtype))
 
 
 def _rows_example() -> list[Tensor]:
     """Sizes all different: what is compiled takes any."""
-    factors = [waves(5, 8, n, dtype=torch.float32) for n in (80, 96)]
-    return [waves(5, 96), waves(5, 80), *factors]
+    return [waves(5, 3, 96), waves(5, 3, 80), waves(5, 8, 80), waves(5, 8, 96)]
 
 
-_N, _R, _I, _O = ("rows:1", "rank:1", "inputs:1", "outputs:1")
-_FREE: list[dict[int, str] | None] = [{0: _N, 1: _O}, {0: _N, 1: _I}, {0: _N, 1: _R, 2: _I}, {0: _N, 1: _R, 2: _O}]
-compiled.SOURCES["lora_rows"] = compiled.Source(add_rows, _rows_example, _FREE, alike=compiled.close)
+def _short_example() -> list[Tensor]:
+    factors = waves(8, 80, dtype=torch.float32), waves(96, 8, dtype=torch.float32)
+    return [waves(5, 3, 96), waves(5, 3, 80), *factors, torch.tensor(0.3)]
+
+
+_N, _T, _R, _I, _O = ("rows:1", "tokens:1", "rank:1", "inputs:1", "outputs:1")
+_TOKENS: list[dict[int, str] | None] = [{0: _N, 1: _T, 2: _O}, {0: _N, 1: _T, 2: _I}]
+_ROWS: list[dict[int, str] | None] = [*_TOKENS, {0: _N, 1: _R, 2: _I}, {0: _N, 1: _R, 2: _O}]
+_SHORT = [*_TOKENS, {0: _R, 1: _I}, {0: _O, 1: _R}, None]
+_ONE_THREAD: dict[str, object] = {"cpp.threads": 1, "cpp.dynamic_threads": False}
+compiled.SOURCES["lora_rows"] = compiled.Source(add_rows, _rows_example, _ROWS, alike=compiled.close)
+compiled.SOURCES["lora_short"] = compiled.Source(add_short, _short_example, _SHORT, _ONE_THREAD, compiled.close)

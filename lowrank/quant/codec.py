@@ -22,7 +22,7 @@ from lowrank.quant.codebooks import codebook
 PIECE = 2**20  # values decoded at a time: 4 MB of fp32
 ENCODE_PIECE = 2**18
 CELLS = 2048
-COMPILED_PIECE = 2**21  # values a call: what is computed for their blocks stays in the cache
+COMPILED_PIECE = 2**22  # values a call: what is computed for their blocks stays in the cache, and they do too
 COMPILED = ("nf4", "fp4", "int4")  # c_k · A and no zero point
 SAFE = 2.0**-100, 2.0**100  # where 1 / absmax is a normal number, far from both ends
 
@@ -95,13 +95,19 @@ def decode_into(out: Tensor, format: str, codes: Tensor, scales: Tensor, zeros: 
             piece.copy_(values[: end - start])
 
 
+def decodes_compiled(format: str, out: Tensor) -> bool:
+    """Whether the compiled loop decodes into such a tensor."""
+    fits = out.dtype == torch.bfloat16 and format in COMPILED and compiled.usable(out)
+    return fits and compiled.loop("decode") is not None
+
+
 def _decode_compiled(out: Tensor, format: str, codes: Tensor, scales: Tensor, block_size: int) -> int:
     """Fill the front of a bf16 `out` by the compiled loop where there is one; how many values that were."""
-    if out.dtype != torch.bfloat16 or format not in COMPILED or not compiled.usable(out) or out.storage_offset() % 2:
+    if not decodes_compiled(format, out) or out.storage_offset() % 2:
         return 0
     run, each = compiled.loop("decode"), max(block_size, 2 * compiled.PIECE)  # torch.export makes a size of 1 special
     n = out.numel() // each * each
-    if run is None or not n:
+    if run is None or not n:  # None only for the type checker
         return 0
     words, bytes = out[:n].view(torch.int32).view(-1, 2, 16), codes[: n // 2].contiguous().view(-1, 2, 16)
     scales = piece_scales(scales, block_size)[: n // min(block_size, compiled.PIECE)]

@@ -4,6 +4,7 @@ No dense copy is kept between layers or between forward and backward: Q is decod
 share, so a frozen weight costs its 4 bits and the largest layer once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lowrank.kernels.dispatch import use_triton
 from lowrank.kernels.nf4_linear import nf4_linear, nf4_linear_dx
 from lowrank.quant.codebooks import codebook
-from lowrank.quant.codec import decode_into, workspace
+from lowrank.quant.codec import COMPILED_PIECE, decode_into, decodes_compiled, workspace
 from lowrank.quant.formats import parse_format
 from lowrank.quant.packed import (
     PACKED_ROWS,
@@ -28,12 +29,36 @@ from lowrank.quant.packed import (
 )
 from lowrank.quant.tensor import QuantizedTensor
 
+PART_ROWS = 256  # above, the product reads Q from more than one core anyway
+
 
 def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """The values in the shared workspace: good until the next call.  -> (O, I)"""
     out = workspace.take("dense", q.numel, dtype, q.codes.device)
     decode_into(out, q.format, q.codes, q.block_scales(), q.zeros, q.block_size)
     return out.view(q.shape)
+
+
+def product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """x Qᵀ + b, no gradient. Up to PART_ROWS rows of x get their outputs in parts: each part of Q is read while cached.
+
+    A part is what one call decodes, so that each core multiplies what it decoded itself: where cores share no cache,
+    a part that changes hands costs three times its decoding.
+    """
+    O, I = q.shape
+    step = q.block_size // math.gcd(q.block_size, I) if I else 1  # rows that end with a block
+    rows = COMPILED_PIECE // max(I * step, 1) * step
+    if not (0 < rows < O and x.numel() <= PART_ROWS * I and decodes_compiled(q.format, x)):
+        return F.linear(x, dense(q, x.dtype), bias)
+    scales, each, y = q.block_scales(), 1 if q.format == "int8" else 2, x.new_empty(*x.shape[:-1], O)
+    for start in range(0, O, rows):
+        end = min(start + rows, O)
+        codes, blocks = (slice(start * I // n, -(-end * I // n)) for n in (each, q.block_size))
+        part = workspace.take("dense", (end - start) * I, x.dtype, x.device)
+        zeros = None if q.zeros is None else q.zeros[blocks]
+        decode_into(part, q.format, q.codes[codes], scales[blocks], zeros, q.block_size)
+        y[..., start:end] = F.linear(x, part.view(-1, I), None if bias is None else bias[start:end])
+    return y
 
 
 def product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
@@ -48,7 +73,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor) -> Tensor:
         ctx.q = q
-        return F.linear(x, dense(q, x.dtype), bias)
+        return product(x, q, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -70,7 +95,7 @@ def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
         return nf4_linear(x, q.codes, q.scales, q.shape[0], q.block_size, bias, _second_level(q))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, q)
-    return F.linear(x, dense(q, x.dtype), bias)
+    return product(x, q, bias)
 
 
 class _Kept:
@@ -164,11 +189,19 @@ def own_forward(layer: nn.Module) -> bool:
     return forward is not None and getattr(forward, "func", None) is not _kept_forward
 
 
-def unshared(layer: nn.Module, y: Tensor) -> Tensor:
-    """y = layer(x), which may be written to: a copy where a hook, an edit or a class of somebody's may have kept it."""
-    hooked = layer._forward_hooks or torch.nn.modules.module._global_forward_hooks
-    known = type(layer) in (nn.Linear, QuantizedLinear) and not own_forward(layer)
-    return y if known and not hooked else y.clone()
+def fresh(layer: nn.Module, x: Tensor, *context: Any) -> Tensor:
+    """layer(x), which may be written to: a copy where a hook, an edit or a class of somebody's may have kept it."""
+    kind, every = type(layer), torch.nn.modules.module
+    hooked = layer._forward_hooks or every._global_forward_hooks
+    asked = hooked or layer._forward_pre_hooks or every._global_forward_pre_hooks or context
+    if not asked and kind is nn.Linear and nn.Linear.forward is _FORWARD and "forward" not in layer.__dict__:
+        parameters = layer._parameters  # what calling the layer does, in fewer steps
+        return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+    y: Tensor = layer(x, *context)
+    return y if kind in (nn.Linear, QuantizedLinear) and not (hooked or own_forward(layer)) else y.clone()
+
+
+_FORWARD = nn.Linear.forward
 
 
 def _kept_forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA's quicker ways to its own sum: in place, and by a compiled loop where each row has an adapter of its own."""
+"""LoRA's quicker ways to its own sum: in place, and by compiled loops, of one adapter and of an adapter a row."""
 
 import copy
 import gc
@@ -53,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("calls")
-def test_forty_rows_of_one_token_take_the_loop_in_fp32(model: nn.Module) -> None:
+def test_forty_rows_of_one_token_take_the_loop(model: nn.Module) -> None:
     x, rows = torch.randn(40, 1, 24).bfloat16(), ["a", "b"] * 20
     with torch.no_grad(), lowrank.rows(model, rows):
         got = model(x)
@@ -136,6 +136,24 @@ def test_one_token_a_row_goes_through_the_loop(model: nn.Module, calls: list[str
     assert (got.float() - want).norm() <= 2**-7 * want.norm()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 24), (4, 1, 24), (2, 16, 24)])
+def test_few_tokens_of_one_adapter_go_through_its_loop(
+    model: nn.Module, calls: list[str], shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape).bfloat16()
+    lowrank.activate(model, "b")
+    model(x)
+    assert not calls  # gradients are taken
+    with torch.no_grad():
+        got = model(x)
+        assert calls == ["lora_short"] * 2
+        model(torch.randn(100, 1, 24).bfloat16())
+        model(x[0])
+        want = model.float()(x.float())
+    assert calls == ["lora_short"] * 2  # not of 300 tokens x rank, nor of two dimensions, nor in fp32
+    assert (got.float() - want).norm() <= 2**-7 * want.norm()  # as below
+
+
 def test_more_tokens_and_fp32_do_not(model: nn.Module, calls: list[str]) -> None:
     with torch.no_grad(), lowrank.rows(model, ROWS):
         model(torch.randn(4, 2, 24).bfloat16())
@@ -197,21 +215,27 @@ SWEEP = """
 import torch
 from lowrank.methods import lora_paths
 from lowrank.quant import compiled
-compiled.SOURCES = {"lora_rows": compiled.SOURCES["lora_rows"]}
+compiled.SOURCES = {name: compiled.SOURCES[name] for name in ("lora_rows", "lora_short")}
 compiled.build()
-run = compiled.loop("lora_rows")
-assert run, "what was compiled differs from its source"
-for threads in (1, 2):
-    torch.set_num_threads(threads)
-    for N, R, I, O in ((1, 1, 1, 1), (1, 8, 576, 192), (8, 8, 576, 1536), (3, 5, 33, 7), (40, 64, 2048, 96)):
-        y, x = torch.randn(N, O).bfloat16(), torch.randn(N, I).bfloat16()
-        A, up = torch.randn(N, R, I) / I**0.5, torch.randn(N, R, O)
-        want, got, others = y.clone(), y.clone(), [t.clone() for t in (x, A, up)]
-        lora_paths.add_rows(want, x, A, up)
-        run([got, x, A, up])
-        assert compiled.close(want, got), (threads, N, R, I, O)
-        assert not torch.equal(got, y), "nothing was written"
-        assert all(map(torch.equal, others, (x, A, up))), "an input was changed"
+for name, source in compiled.SOURCES.items():
+    run = compiled.loop(name)
+    assert run, "what was compiled differs from its source"
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for N, T, R, I, O in (
+            (1, 1, 1, 1, 1), (1, 1, 8, 576, 192), (8, 1, 8, 576, 1536), (3, 2, 5, 33, 7), (40, 1, 64, 2048, 96)
+        ):
+            y, x = torch.randn(N, T, O).bfloat16(), torch.randn(N, T, I).bfloat16()
+            A, up = torch.randn(N, R, I) / I**0.5, torch.randn(N, R, O)
+            given = [x, A.bfloat16(), up.bfloat16()]
+            if name == "lora_short":
+                given = [x, A[0].contiguous(), up[0].T.contiguous(), torch.tensor(0.7)]
+            want, got, others = y.clone(), y.clone(), [t.clone() for t in given]
+            source.function(want, *given)
+            run([got, *given])
+            assert compiled.close(want, got), (name, threads, N, T, R, I, O)
+            assert not torch.equal(got, y), "nothing was written"
+            assert all(map(torch.equal, others, given)), "an input was changed"
 """
 
 
