@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,29 @@ def decode_turned(out: Tensor, codes: Tensor, scales: Tensor, table: Tensor, one
     byte, below = (row.int() for row in codes.unbind(1))
     bytes = (byte | below << 16).long()
     out.copy_(_select(values, bytes | bytes << 36, 0x1000100010001, ones))
+
+
+def _second(codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> Tensor:
+    """`double.dequantize_scales` as part of a loop.  codes (...) uint8, nested (⌈N/256⌉,), offset (), levels (256,)"""
+    block = (torch.arange(codes.numel(), dtype=torch.int32, device=codes.device) >> 8).view(codes.shape)
+    code, largest = (torch.embedding(t[:, None], i)[..., 0] for t, i in ((levels, codes.int()), (nested, block)))
+    return code * largest + offset
+
+
+def decode_pieces_double(
+    first: Tensor, second: Tensor, low: Tensor, high: Tensor, scales: Tensor, nested: Tensor, offset: Tensor,
+    levels: Tensor, table: Tensor, ones: Tensor,
+) -> None:  # fmt: skip
+    """`decode_pieces` of doubly quantized scales (N,) uint8."""
+    decode_pieces(first, second, low, high, _second(scales, nested, offset, levels), table, ones)
+
+
+def decode_turned_double(
+    out: Tensor, codes: Tensor, scales: Tensor, nested: Tensor, offset: Tensor, levels: Tensor, table: Tensor,
+    ones: Tensor,
+) -> None:  # fmt: skip
+    """`decode_turned` of doubly quantized scales (O/2, 2, I/64) uint8."""
+    decode_turned(out, codes, _second(scales, nested, offset, levels), table, ones)
 
 
 def decode_scales(out: Tensor, codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> None:
@@ -162,6 +185,13 @@ def _turned_example() -> list[Tensor]:
     return [out, codes.view(8, 2, 4, 32), absmax.view(8, 2, 4), codebook("nf4"), ones(torch.int64)]
 
 
+def _double_example(example: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """The same with made-up scales of 8 bits."""
+    *before, scales, table, one = example()
+    codes = torch.arange(scales.numel()).to(torch.uint8).view(scales.shape)
+    return [*before, codes, torch.tensor([0.3, 0.7]), torch.tensor(0.1), codebook("dynamic8"), table, one]
+
+
 def _scales_example() -> list[Tensor]:
     codes = torch.arange(512, dtype=torch.int32).to(torch.uint8).view(2, 256)
     return [torch.empty(2, 256), codes, torch.tensor([0.3, 0.7]), torch.tensor(0.1), codebook("dynamic8")]
@@ -174,14 +204,21 @@ def _encode_example() -> list[Tensor]:
     return [packed, torch.zeros(64), w.view(torch.int64), bounds]
 
 
-_B, _C, _W = "blocks:2", "columns:2", "bytes:16"
+_B, _C, _D, _W = "blocks:2", "columns:2", "nested:1", "bytes:16"
+_PIECES: list[dict[int, str] | None] = [{0: _B}] * 5
+_TURNED: list[dict[int, str] | None] = [{0: _B, 1: _C}, {0: _B, 2: _C}, {0: _B, 2: _C}]
+_TWO_LEVELS: list[dict[int, str] | None] = [{0: _D}, None, None, None, None]
 _ONE_LOOP = ("realize_opcount_threshold", "realize_reads_threshold", "max_fusion_size")
 _LARGE: dict[str, object] = dict.fromkeys(_ONE_LOOP, 10**5)
 _UNCHECKED: dict[str, object] = {"assert_indirect_indexing": False}  # a byte is below 256
 SOURCES = {
-    "decode": Source(decode_pieces, _decode_example, [*[{0: _B}] * 5, None, None], _LARGE),
-    "turned": Source(
-        decode_turned, _turned_example, [{0: _B, 1: _C}, {0: _B, 2: _C}, {0: _B, 2: _C}, None, None], _LARGE
+    "decode": Source(decode_pieces, _decode_example, [*_PIECES, None, None], _LARGE),
+    "decode_double": Source(
+        decode_pieces_double, partial(_double_example, _decode_example), _PIECES + _TWO_LEVELS, _LARGE | _UNCHECKED
+    ),
+    "turned": Source(decode_turned, _turned_example, [*_TURNED, None, None], _LARGE),
+    "turned_double": Source(
+        decode_turned_double, partial(_double_example, _turned_example), _TURNED + _TWO_LEVELS, _LARGE | _UNCHECKED
     ),
     "scales": Source(decode_scales, _scales_example, [{0: _B}, {0: _B}, {0: _B}, None, None], _UNCHECKED),
     "encode": Source(encode_blocks, _encode_example, [{0: _B, 1: _W}, {0: _B}, {0: _B, 1: _W}, None]),
@@ -265,6 +302,6 @@ def usable(tensor: Tensor) -> bool:
 
 def describe() -> str:
     """Which of the two ways this process goes."""
-    if all(map(loop, ("decode", "turned", "scales", "encode"))):
+    if all(map(loop, ("decode", "decode_double", "turned", "turned_double", "scales", "encode"))):
         return f"decoded by loops compiled for this machine ({folder()})"
-    return "decoded by eager torch; `lowrank doctor --compile` compiles the loops (once, about a minute)"
+    return "decoded by eager torch; `lowrank doctor --compile` compiles the loops (once, in a minute or two)"

@@ -18,9 +18,11 @@ from lowrank.kernels.dispatch import use_triton
 from lowrank.kernels.nf4_linear import nf4_linear, nf4_linear_dx
 from lowrank.quant.codebooks import codebook
 from lowrank.quant.codec import COMPILED_PIECE, decode_into, decodes_compiled, workspace
+from lowrank.quant.double import NESTED_BLOCK
 from lowrank.quant.formats import parse_format
 from lowrank.quant.packed import (
     PACKED_ROWS,
+    decode_double,
     ordered_product,
     ordered_product_works,
     pack_product,
@@ -35,7 +37,8 @@ PART_ROWS = 256  # above, the product reads Q from more than one core anyway
 def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """The values in the shared workspace: good until the next call.  -> (O, I)"""
     out = workspace.take("dense", q.numel, dtype, q.codes.device)
-    decode_into(out, q.format, q.codes, q.block_scales(), q.zeros, q.block_size)
+    if not decode_double(out, q):
+        decode_into(out, q.format, q.codes, q.block_scales(), q.zeros, q.block_size)
     return out.view(q.shape)
 
 
@@ -46,17 +49,19 @@ def product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
     a part that changes hands costs three times its decoding.
     """
     O, I = q.shape
-    step = q.block_size // math.gcd(q.block_size, I) if I else 1  # rows that end with a block
+    each = q.block_size * (NESTED_BLOCK if q.double_quant else 1)
+    step = each // math.gcd(each, I)  # rows that end with a block, of the second level too
     rows = COMPILED_PIECE // max(I * step, 1) * step
     if not (0 < rows < O and x.numel() <= PART_ROWS * I and decodes_compiled(q.format, x)):
         return F.linear(x, dense(q, x.dtype), bias)
-    scales, each, y = q.block_scales(), 1 if q.format == "int8" else 2, x.new_empty(*x.shape[:-1], O)
+    scales, y = None, x.new_empty(*x.shape[:-1], O)
     for start in range(0, O, rows):
         end = min(start + rows, O)
-        codes, blocks = (slice(start * I // n, -(-end * I // n)) for n in (each, q.block_size))
         part = workspace.take("dense", (end - start) * I, x.dtype, x.device)
-        zeros = None if q.zeros is None else q.zeros[blocks]
-        decode_into(part, q.format, q.codes[codes], scales[blocks], zeros, q.block_size)
+        if not decode_double(part, q, start * I):
+            scales = q.block_scales() if scales is None else scales
+            codes, blocks = (slice(start * I // n, -(-end * I // n)) for n in (2, q.block_size))
+            decode_into(part, q.format, q.codes[codes], scales[blocks], None, q.block_size)
         y[..., start:end] = F.linear(x, part.view(-1, I), None if bias is None else bias[start:end])
     return y
 

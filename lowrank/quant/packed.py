@@ -19,7 +19,8 @@ from torch import Tensor
 from lowrank.kernels.nf4_codec import unpack
 from lowrank.quant import compiled
 from lowrank.quant.codebooks import codebook
-from lowrank.quant.codec import COMPILED, piece_scales
+from lowrank.quant.codec import COMPILED, COMPILED_PIECE, decodes_compiled, piece_scales
+from lowrank.quant.double import NESTED_BLOCK
 from lowrank.quant.tensor import QuantizedTensor
 
 PACKED_ROWS = 8  # from here on it is no faster than decoding and a dense product
@@ -106,21 +107,49 @@ class _Turned(threading.local):
 _turned = _Turned()
 
 
+def _two_levels(q: QuantizedTensor) -> tuple[Tensor, ...]:
+    """What a loop decodes the scales with on its way; empty where they have one level, or blocks are no pieces."""
+    if q.nested_absmax is None or q.nested_offset is None or q.block_size != compiled.PIECE:
+        return ()
+    return q.nested_absmax, q.nested_offset, codebook("dynamic8")
+
+
+def decode_double(out: Tensor, q: QuantizedTensor, start: int = 0) -> bool:
+    """Fill the flat `out` with the weights from `start` on, scales decoded on the way; False where no loop does it."""
+    n, each = out.numel(), NESTED_BLOCK * q.block_size
+    fits = n % (2 * compiled.PIECE) == start % each == out.storage_offset() % 2 == 0 < n
+    double = _two_levels(q) if fits and decodes_compiled(q.format, out) else ()
+    run = compiled.loop("decode_double") if double else None
+    if run is None:
+        return False
+    nested, *rest = double
+    words, codes = out.view(torch.int32).view(-1, 2, 16), q.codes[start // 2 : (start + n) // 2].view(-1, 2, 16)
+    tensors = words[:, 0], words[:, 1], codes[:, 0], codes[:, 1], q.scales[start // q.block_size :][: len(words)]
+    nested = nested[start // each :]
+    for i in range(0, len(words), step := COMPILED_PIECE // compiled.PIECE):
+        run(
+            [t[i : i + step] for t in tensors]
+            + [nested[i // NESTED_BLOCK :], *rest, codebook(q.format), compiled.ones(torch.int32)]
+        )
+    return True
+
+
 def turned_product(dy: Tensor, q: QuantizedTensor) -> Tensor | None:
     """dy Q by a loop that decodes Q straight into oneDNN's order of Qᵀ; None where that cannot be."""
     O, I = q.shape
     fits = O % 2 == 0 and O > 2 and I % max(q.block_size, 64) == 0 and I > 64 and 2 * O * I <= TURNED_BYTES
     if not fits or dy.dtype != torch.bfloat16 or q.format not in COMPILED or q.block_size < compiled.PIECE:
         return None
-    run = compiled.loop("turned") if compiled.usable(dy) and compiled.usable(q.codes) else None
-    if run is None or not ordered_product_works():
+    double = _two_levels(q)
+    run = compiled.loop("turned_double" if double else "turned") if compiled.usable(dy) else None
+    if run is None or not (compiled.usable(q.codes) and ordered_product_works()):
         return None
     weight, words = _turned.take(O, I)
     if words is None:
         return None
-    scales = piece_scales(q.block_scales(), q.block_size).view(O // 2, 2, -1)
+    scales = q.scales.contiguous() if double else piece_scales(q.block_scales(), q.block_size)
     codes = q.codes.contiguous().view(O // 2, 2, -1, 32)
-    run([words, codes, scales, codebook(q.format), compiled.ones(torch.int64)])
+    run([words, codes, scales.view(O // 2, 2, -1), *double, codebook(q.format), compiled.ones(torch.int64)])
     return torch.ops.mkldnn._linear_pointwise.default(dy, weight, None, "none", [], "")  # type: ignore[no-any-return]
 
 

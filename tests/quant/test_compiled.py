@@ -13,6 +13,7 @@ import torch
 
 from lowrank.kernels.nf4_codec import decision_bounds, decode_ref, encode_ref
 from lowrank.quant import codec, compiled, packed
+from lowrank.quant import linear as linear_module
 from lowrank.quant.codebooks import codebook
 from lowrank.quant.double import dequantize_scales, quantize_scales
 from lowrank.quant.linear import product_back
@@ -84,6 +85,45 @@ def test_decoding_scales_is_the_reference(blocks: int, monkeypatch: pytest.Monke
     assert torch.equal(got, dequantize_scales(codes, nested, offset))
 
 
+@pytest.mark.parametrize("format", ["nf4-dq", "fp4-dq"])
+@pytest.mark.usefixtures("as_python")
+def test_decoding_both_levels_at_once_is_the_reference(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """700 rows of 96: 1050 blocks in 5 of the second level, the last one not whole."""
+    monkeypatch.setattr(packed, "COMPILED_PIECE", 2 * 2**14)
+    q = QuantizedTensor.quantize(torch.randn(700, 96, generator=torch.Generator().manual_seed(0)), format)
+    want = decode_ref(q.codes, q.block_scales(), codebook(q.format), q.numel, torch.bfloat16, 64).view(-1)
+    for start, n in ((0, q.numel), (0, 2**14), (2**14, 3 * 2**14), (4 * 2**14, q.numel - 4 * 2**14), (2**14, 128)):
+        out = torch.empty(n, dtype=torch.bfloat16)
+        assert packed.decode_double(out, q, start) and torch.equal(out, want[start : start + n])
+    for start, n in ((64, 128), (0, 64), (0, 0)):  # in the middle of a block of the second level; too small
+        assert not packed.decode_double(torch.empty(n, dtype=torch.bfloat16), q, start)
+    assert not packed.decode_double(torch.empty(128), q)
+
+
+@pytest.mark.parametrize("format", ["nf4", "nf4-dq", "fp4-dq", "int4"])
+@pytest.mark.parametrize(("block_size", "columns"), [(64, 96), (32, 96), (64, 64), (64, 73)])
+def test_few_rows_get_their_outputs_in_parts(
+    format: str, block_size: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = QuantizedTensor.quantize(torch.randn(1100, columns), format, block_size)
+    x, bias, calls = torch.randn(2, 3, columns).bfloat16(), torch.randn(1100).bfloat16(), []
+    want = torch.nn.functional.linear(x, q.dequantize(torch.bfloat16), bias)
+
+    @cache
+    def loop(name: str) -> object:
+        return lambda tensors: (calls.append(name), compiled.SOURCES[name].function(*tensors))
+
+    monkeypatch.setattr(compiled, "loop", loop)
+    for piece in (2**16, 2**30):
+        for module in (codec, packed, linear_module):
+            monkeypatch.setattr(module, "COMPILED_PIECE", piece)
+        torch.testing.assert_close(linear_module.linear(x, q, bias), want, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(linear_module.linear(x.repeat(99, 1, 1), q, bias)[:2], want, rtol=2**-7, atol=2**-7)
+    assert ("decode_double" in calls) == (
+        format[-2:] == "dq" and block_size == 64 and columns != 73
+    )  # not whole blocks
+
+
 @pytest.mark.parametrize(("format", "block_size"), [("nf4-dq", 64), ("fp4", 64), ("int4", 64), ("nf4", 256)])
 @pytest.mark.usefixtures("as_python")
 def test_turned_weights_lie_where_oneDNN_reads_them(format: str, block_size: int) -> None:
@@ -137,7 +177,7 @@ def test_it_is_chosen_once_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch
 SWEEP = """
 import hashlib, sys, torch
 from lowrank.quant import compiled, tensor
-from lowrank.quant.linear import QuantizedLinear
+from lowrank.quant.linear import QuantizedLinear, linear
 if sys.argv[1] == "build":
     compiled.build()
 assert (compiled.loop("decode") is None) == (sys.argv[1] == "off"), "not the loops that were asked for"
@@ -161,6 +201,9 @@ for threads in (1, 2):
         x = torch.randn(3, shape[1], generator=draw).bfloat16().requires_grad_()
         y = layer(x)
         note(y.detach(), torch.autograd.grad(y.sum(), x)[0])
+q = tensor.QuantizedTensor.quantize(torch.randn(5120, 1024, generator=draw), "nf4-dq")  # more than one part
+x = torch.randn(3, 1024, generator=draw).bfloat16()
+torch.testing.assert_close(linear(x, q), x @ q.dequantize(torch.bfloat16).T, rtol=2**-7, atol=2**-4)
 for bad in (float("nan"), float("inf")):
     w = torch.randn(300, 300)
     w[7, 7] = bad

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lowrank.quant.linear as linear_module
 from lowrank.quant.linear import QuantizedLinear, decoded, linear, quantize_model
 from lowrank.quant.tensor import QuantizedTensor
 
@@ -26,27 +25,6 @@ def test_values_and_gradients_are_those_of_the_decoded_weight(format: str, dtype
     assert torch.equal(y, want)
     dy = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, (x, bias), dy), torch.autograd.grad(want, (x, bias), dy))
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shape", [(40, 72), (41, 73), (6, 3)])
-@pytest.mark.parametrize("block_size", [32, 64])
-def test_parts_of_the_outputs_are_the_whole(
-    format: str, shape: tuple[int, int], block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Few rows of x: each part of the weight is decoded and multiplied on its own."""
-    torch.manual_seed(0)
-    q = QuantizedTensor.quantize(torch.randn(shape), format, block_size)
-    x, bias = torch.randn(2, 3, shape[1]), torch.randn(shape[0])
-    want = F.linear(x, q.dequantize(torch.float32), bias)
-    largest: list[int] = []
-    decode = linear_module.decode_into
-    monkeypatch.setattr(linear_module, "decodes_compiled", lambda *a: True)  # parts are for what is compiled
-    monkeypatch.setattr(linear_module, "decode_into", lambda *a: (largest.append(a[0].numel()), decode(*a)))
-    for part in (1, shape[1] * block_size, shape[1] * block_size + 1, 10**6):
-        monkeypatch.setattr(linear_module, "COMPILED_PIECE", part)
-        torch.testing.assert_close(linear(x, q, bias), want)
-    assert min(largest) < q.numel or shape[0] < block_size
 
 
 def test_no_dense_copy_is_kept_for_backward() -> None:
