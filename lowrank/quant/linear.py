@@ -57,7 +57,7 @@ def product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
     scales, y = None, x.new_empty(*x.shape[:-1], O)
     for start in range(0, O, rows):
         end = min(start + rows, O)
-        part = workspace.take("dense", (end - start) * I, x.dtype, x.device)
+        part = workspace.take("part", (end - start) * I, x.dtype, x.device)  # of its own: each core keeps its lines
         if not decode_double(part, q, start * I):
             scales = q.block_scales() if scales is None else scales
             codes, blocks = (slice(start * I // n, -(-end * I // n)) for n in (2, q.block_size))

@@ -209,9 +209,9 @@ def test_an_edited_model_keeps_its_modules(eager_loops: list[str], monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(MLP, "forward", lambda self, x: x)
         generate_ids(model, [PROMPT], 4)
-    assert not eager_loops
+    assert not {"layer", "head"} & {*eager_loops}
     generate_ids(model, [PROMPT], 4)
-    assert eager_loops
+    assert {"layer", "head"} <= {*eager_loops}
 
 
 def test_without_loops_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
