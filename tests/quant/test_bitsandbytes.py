@@ -94,3 +94,19 @@ def test_scales_whose_mean_overflows_are_refused() -> None:
     assert torch.equal(QuantizedTensor.quantize(w, "nf4").dequantize(), w)
     with pytest.raises(ValueError, match=r"layer\.w: the mean of its block maxima overflows"):
         QuantizedTensor.quantize(w, "nf4", double_quant=True, name="layer.w")
+
+
+def test_a_scale_that_would_decode_to_infinity_is_refused() -> None:
+    """(A - m) + m may round to beyond A, here the largest fp32 number."""
+    refused = 0
+    for blocks in range(2, 40):
+        absmax = torch.zeros(blocks)
+        absmax[0] = torch.finfo(torch.float32).max
+        try:
+            parts = quantize_scales(absmax, "layer.w")
+        except ValueError as error:
+            assert "layer.w: the decoded scale of its largest block overflows fp32" in str(error)
+            refused += 1
+        else:
+            assert torch.isfinite(dequantize_scales(*parts)).all()
+    assert 0 < refused < 38
