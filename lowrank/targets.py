@@ -88,9 +88,10 @@ def places(model: nn.Module, path: str = "") -> dict[str, nn.Module]:
     for child, inner in model._modules.items():
         if inner is not None:
             name = f"{path}.{child}" if path else child
-            adapted = isinstance(inner, AdaptedLinear)
-            found[name] = inner._modules["base"] if adapted else inner  # type: ignore[assignment]
-            found |= {} if adapted else places(inner, name)
+            if isinstance(inner, AdaptedLinear):
+                found[name] = inner.base
+            else:
+                found |= {name: inner, **places(inner, name)}
     return found
 
 

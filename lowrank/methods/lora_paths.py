@@ -50,7 +50,7 @@ def fused(adapter: Any, x: Tensor, base: nn.Module) -> Tensor | None:
         few = x.dim() == 3 and 0 < x.numel() * len(A) <= ALONE * x.shape[-1] and _plain(x, y)
         fp32 = A.dtype == torch.float32 == B.dtype and A.is_contiguous() and B.is_contiguous()
         if few and fp32 and (add := compiled.loop("lora_short")) is not None:
-            add([y, x, A, B, number(adapter.scaling)])
+            add([y, x, A, B, compiled.number(adapter.scaling)])
             return y
         return y.add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=adapter.scaling)
     h = F.linear(x, A.to(x.dtype)).reshape(-1, len(A))  # (..., I) -> (N, R)
@@ -60,11 +60,6 @@ def fused(adapter: Any, x: Tensor, base: nn.Module) -> Tensor | None:
 def is_short(x: Tensor) -> bool:
     """Whether fp32 is quicker than 16 bits: on a CPU, where any product in 16 bits takes 30 µs, up to 32 tokens."""
     return x.is_cpu and x.numel() <= 32 * x.shape[-1]
-
-
-@cache
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def projected(method: type[Any], adapters: list[Any], x: Tensor, bases: list[nn.Module]) -> tuple[Tensor, ...] | None:

@@ -81,7 +81,7 @@ class Steps:
     def __init__(self, model: Any, kept: Any, tokens: int) -> None:
         c, n = model.config, model.family.names
         self.embedding, norm, lm_head = (_weight(model.get_submodule(path)) for path in (n.embed, n.norm, n.lm_head))
-        eps, scale = (_number(value) for value in (c.norm_eps, c.attn_scale or c.head_dim**-0.5))
+        eps, scale = (compiled.number(value) for value in (c.norm_eps, c.attn_scale or c.head_dim**-0.5))
         self.layers = [[eps, scale, *_weights(block, n, kept, self.embedding[:1])] for block in model.blocks]
         self.last = [eps, norm, lm_head]
         cos, sin = rotation(c.rope, torch.arange(tokens, device="cpu")[None], tokens)
@@ -105,10 +105,6 @@ class Steps:
         logits = x.new_empty(1, len(self.last[2]))
         self.run_head([logits[0], x, *self.last])
         return logits
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _weight(module: Any) -> Tensor:

@@ -103,11 +103,10 @@ def decodes_compiled(format: str, out: Tensor) -> bool:
 
 def _decode_compiled(out: Tensor, format: str, codes: Tensor, scales: Tensor, block_size: int) -> int:
     """Fill the front of a bf16 `out` by the compiled loop where there is one; how many values that were."""
-    if not decodes_compiled(format, out) or out.storage_offset() % 2:
-        return 0
-    run, each = compiled.loop("decode"), max(block_size, 2 * compiled.PIECE)  # torch.export makes a size of 1 special
+    run = compiled.loop("decode") if decodes_compiled(format, out) else None
+    each = max(block_size, 2 * compiled.PIECE)  # torch.export makes a size of 1 special
     n = out.numel() // each * each
-    if run is None or not n:  # None only for the type checker
+    if run is None or not n or out.storage_offset() % 2:
         return 0
     words, bytes = out[:n].view(torch.int32).view(-1, 2, 16), codes[: n // 2].contiguous().view(-1, 2, 16)
     scales = piece_scales(scales, block_size)[: n // min(block_size, compiled.PIECE)]

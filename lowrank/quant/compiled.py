@@ -166,6 +166,12 @@ def close(want: Tensor, got: Tensor) -> bool:
 
 
 @cache
+def number(value: float) -> Tensor:
+    """A constant that a loop is given."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+@cache
 def ones(dtype: torch.dtype) -> Tensor:
     return torch.tensor([0xFFFF], dtype=dtype, device="cpu")
 

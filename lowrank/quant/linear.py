@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lowrank.kernels.dispatch import use_triton
 from lowrank.kernels.nf4_linear import nf4_linear, nf4_linear_dx
-from lowrank.quant.codebooks import codebook
 from lowrank.quant.codec import COMPILED_PIECE, decode_into, decodes_compiled, workspace
 from lowrank.quant.double import NESTED_BLOCK
 from lowrank.quant.formats import parse_format
@@ -27,6 +26,7 @@ from lowrank.quant.packed import (
     ordered_product_works,
     pack_product,
     packable,
+    second_level,
     turned_product,
 )
 from lowrank.quant.tensor import QuantizedTensor
@@ -45,8 +45,8 @@ def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 def product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """x Qᵀ + b, no gradient. Up to PART_ROWS rows of x get their outputs in parts: each part of Q is read while cached.
 
-    A part is what one call decodes, so that each core multiplies what it decoded itself: where cores share no cache,
-    a part that changes hands costs three times its decoding.
+    A part is what one call decodes, so that each core multiplies what it decoded itself: a part that changes hands
+    can cost more than its decoding.
     """
     O, I = q.shape
     each = q.block_size * (NESTED_BLOCK if q.double_quant else 1)
@@ -69,7 +69,7 @@ def product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
 def product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
     """dy Q.  (..., O) -> (..., I)"""
     if q.format == "nf4" and use_triton(dy, q.codes):
-        return nf4_linear_dx(dy, q.codes, q.scales, q.shape[1], q.block_size, _second_level(q))
+        return nf4_linear_dx(dy, q.codes, q.scales, q.shape[1], q.block_size, second_level(q))
     dx = turned_product(dy, q)
     return dy @ dense(q, dy.dtype) if dx is None else dx
 
@@ -87,17 +87,10 @@ class _Linear(torch.autograd.Function):
         return dx, dbias, None
 
 
-def _second_level(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What a kernel decodes doubly quantized scales with."""
-    if q.nested_absmax is None or q.nested_offset is None:
-        return None
-    return q.nested_absmax, q.nested_offset, codebook("dynamic8", q.codes.device)
-
-
 def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """y = x Qᵀ + b in the dtype of x, differentiable in x and b.  (..., I), (O, I) -> (..., O)"""
     if q.format == "nf4" and use_triton(x, q.codes):
-        return nf4_linear(x, q.codes, q.scales, q.shape[0], q.block_size, bias, _second_level(q))
+        return nf4_linear(x, q.codes, q.scales, q.shape[0], q.block_size, bias, second_level(q))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, q)
     return product(x, q, bias)
@@ -200,8 +193,7 @@ def fresh(layer: nn.Module, x: Tensor, *context: Any) -> Tensor:
     hooked = layer._forward_hooks or every._global_forward_hooks
     asked = hooked or layer._forward_pre_hooks or every._global_forward_pre_hooks or context
     if not asked and kind is nn.Linear and nn.Linear.forward is _FORWARD and "forward" not in layer.__dict__:
-        parameters = layer._parameters  # what calling the layer does, in fewer steps
-        return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        return F.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]  # calling it, in fewer steps
     y: Tensor = layer(x, *context)
     return y if kind in (nn.Linear, QuantizedLinear) and not (hooked or own_forward(layer)) else y.clone()
 

@@ -107,11 +107,16 @@ class _Turned(threading.local):
 _turned = _Turned()
 
 
+def second_level(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What kernels and loops decode doubly quantized scales with."""
+    if q.nested_absmax is None or q.nested_offset is None:
+        return None
+    return q.nested_absmax.contiguous(), q.nested_offset, codebook("dynamic8", q.codes.device)
+
+
 def _two_levels(q: QuantizedTensor) -> tuple[Tensor, ...]:
-    """What a loop decodes the scales with on its way; empty where they have one level, or blocks are no pieces."""
-    if q.nested_absmax is None or q.nested_offset is None or q.block_size != compiled.PIECE:
-        return ()
-    return q.nested_absmax, q.nested_offset, codebook("dynamic8")
+    """`second_level` where a loop takes both levels at once; else nothing."""
+    return (second_level(q) or ()) if q.block_size == compiled.PIECE else ()
 
 
 def decode_double(out: Tensor, q: QuantizedTensor, start: int = 0) -> bool:
@@ -123,8 +128,10 @@ def decode_double(out: Tensor, q: QuantizedTensor, start: int = 0) -> bool:
     if run is None:
         return False
     nested, *rest = double
-    words, codes = out.view(torch.int32).view(-1, 2, 16), q.codes[start // 2 : (start + n) // 2].view(-1, 2, 16)
-    tensors = words[:, 0], words[:, 1], codes[:, 0], codes[:, 1], q.scales[start // q.block_size :][: len(words)]
+    words, codes = out.view(torch.int32).view(-1, 2, 16), q.codes[start // 2 : (start + n) // 2]
+    scales = q.scales[start // q.block_size :][: len(words)].contiguous()  # loops ask no strides
+    codes = codes.contiguous().view(-1, 2, 16)
+    tensors = words[:, 0], words[:, 1], codes[:, 0], codes[:, 1], scales
     nested = nested[start // each :]
     for i in range(0, len(words), step := COMPILED_PIECE // compiled.PIECE):
         run(

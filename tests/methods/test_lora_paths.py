@@ -121,6 +121,16 @@ def test_an_output_that_its_layer_keeps_is_not_written_over() -> None:
         assert torch.equal(base.last, nn.functional.linear(x, base.weight, base.bias))
 
 
+def test_a_base_whose_weight_is_no_parameter_is_used_as_it_is() -> None:
+    base, x = nn.Linear(24, 24), torch.randn(2, 24)
+    adapter, weight = LoRA(LoRAConfig(rank=2), base), base.weight.detach()
+    del base.weight
+    base.register_buffer("weight", weight)
+    with torch.no_grad():
+        got = adapter.fused(x, base)
+    assert got is not None and torch.equal(got, nn.functional.linear(x, weight, base.bias))  # B is 0
+
+
 @pytest.mark.parametrize("shape", [(4, 1, 24), (4, 24)])
 def test_one_token_a_row_goes_through_the_loop(model: nn.Module, calls: list[str], shape: tuple[int, ...]) -> None:
     x = torch.randn(shape).bfloat16()

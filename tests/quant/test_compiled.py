@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -98,6 +99,10 @@ def test_decoding_both_levels_at_once_is_the_reference(format: str, monkeypatch:
     for start, n in ((64, 128), (0, 64), (0, 0)):  # in the middle of a block of the second level; too small
         assert not packed.decode_double(torch.empty(n, dtype=torch.bfloat16), q, start)
     assert not packed.decode_double(torch.empty(128), q)
+    out, gaps = torch.empty(q.numel, dtype=torch.bfloat16), lambda t: t.repeat_interleave(2)[::2]
+    assert q.nested_absmax is not None
+    apart = replace(q, codes=gaps(q.codes), scales=gaps(q.scales), nested_absmax=gaps(q.nested_absmax))
+    assert packed.decode_double(out, apart) and torch.equal(out, want)
 
 
 @pytest.mark.parametrize("format", ["nf4", "nf4-dq", "fp4-dq", "int4"])
@@ -119,9 +124,8 @@ def test_few_rows_get_their_outputs_in_parts(
             monkeypatch.setattr(module, "COMPILED_PIECE", piece)
         torch.testing.assert_close(linear_module.linear(x, q, bias), want, rtol=2**-7, atol=2**-7)
         torch.testing.assert_close(linear_module.linear(x.repeat(99, 1, 1), q, bias)[:2], want, rtol=2**-7, atol=2**-7)
-    assert ("decode_double" in calls) == (
-        format[-2:] == "dq" and block_size == 64 and columns != 73
-    )  # not whole blocks
+    whole = block_size == 64 and columns != 73  # what `decode_double` is for
+    assert ("decode_double" in calls) == (format[-2:] == "dq" and whole)
 
 
 @pytest.mark.parametrize(("format", "block_size"), [("nf4-dq", 64), ("fp4", 64), ("int4", 64), ("nf4", 256)])
