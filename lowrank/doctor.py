@@ -14,7 +14,7 @@ from lowrank.kernels import dispatch, nf4_linear
 from lowrank.models import one_row
 from lowrank.models.checkpoint import open_checkpoint
 from lowrank.models.fetch import quickstart
-from lowrank.models.load import quantizable, skeleton
+from lowrank.models.load import fast_dtype, quantizable, skeleton
 from lowrank.quant import compiled, packed
 from lowrank.training.run import versions
 
@@ -28,6 +28,7 @@ def report(model: str | None = None) -> str:
             f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         )
     )
+    rows.append(("dtype: auto", f"{str(fast_dtype()).removeprefix('torch.')}, what a training run computes in"))
     rows.append(("memory", _memory()))
     rows.append(("GPU", _gpus()))
     rows.append(("kernels", _kernels()))

@@ -4,6 +4,7 @@ Weights stream: one tensor is read and put into its final form (dtype, or quanti
 memory peaks at the final size and the largest tensor.
 """
 
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def load(
     tokenizer = tokenizer_of(checkpoint)
     if tokenizer is not None and template is not None:
         tokenizer = tokenizer.with_template(template)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = device_of(device)
     held, layers = len(checkpoint.unused(set())), checkpoint.config.n_layers
     if held < layers:  # before so many layers are made
         raise FileFormatError(f"{path} has {held} tensors, its configuration asks for {layers} layers: not complete")
@@ -87,6 +88,25 @@ def load(
         special_tokens=None if tokenizer is None else tokenizer.policy,
     )
     return model.eval(), tokenizer
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def fast_dtype(device: str | torch.device = "auto") -> torch.dtype:
+    """bfloat16 where the device multiplies it, else float32.
+
+    A CPU without such instructions (AVX2 alone, or AVX-512 without its bf16 part) is told to by converting: training
+    in bf16 takes many times as long there, since torch has no quick product at all for the backward of some shapes.
+    """
+    if device_of(device).type != "cpu":
+        return torch.bfloat16
+    if platform.machine() in ("x86_64", "AMD64"):
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has else torch.float32
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -22,7 +22,7 @@ from lowrank.quant.codebooks import codebook
 PIECE = 2**20  # values decoded at a time: 4 MB of fp32
 ENCODE_PIECE = 2**18
 CELLS = 2048
-COMPILED_PIECE = 2**22  # values a call: what is computed for their blocks stays in the cache, and they do too
+COMPILED_PIECE = 2**20  # values a call of the compiled loop: they and what is computed for their blocks stay cached
 COMPILED = ("nf4", "fp4", "int4")  # c_k · A and no zero point
 SAFE = 2.0**-100, 2.0**100  # where 1 / absmax is a normal number, far from both ends
 
@@ -116,7 +116,7 @@ def _decode_compiled(out: Tensor, format: str, codes: Tensor, scales: Tensor, bl
         tensors = words[:, i], words[:, j], bytes[:, i], bytes[:, j], each_scale
         for start in range(0, len(each_scale), step := COMPILED_PIECE // compiled.PIECE):
             start = min(start, len(each_scale) - 2)
-            run([x[start : start + step] for x in tensors] + [codebook(format), compiled.ones(torch.int32)])
+            run([x[start : start + step] for x in tensors] + [codebook(format), compiled.ones()])
     return n
 
 

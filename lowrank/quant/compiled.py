@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,14 @@ def _once(x: Tensor) -> list[Tensor]:
     return [part[..., None] for part in held(x).unbind(-1)]
 
 
-def _select(values: list[Tensor], codes: Tensor, bits: int, ones: Tensor) -> Tensor:
+def _select(values: list[Tensor], codes: Tensor, bits: int, mask_of: Callable[[Tensor], Tensor]) -> Tensor:
     """The value that each code names; `bits` has a 1 at the first bit of each code, 4 places up.
 
-    A mask is a bit times `ones`, 0xFFFF: from a number the compiler would make a shift and a subtraction.
+    `mask_of` makes 0xFFFF of the 1s: a product where one multiplies lanes of 32 bits, a shift and a subtraction in
+    lanes of 64, whose product takes three times as long.
     """
     for j in range(4):
-        mask = (codes >> (4 + j) & bits) * ones
+        mask = mask_of(codes >> (4 + j) & bits)
         values = [(x & ~mask) | (y & mask) for x, y in zip(values[0::2], values[1::2])]
     return values[0]
 
@@ -63,27 +64,47 @@ def decode_pieces(
     values = _once((bits & -0x10000) | ((bits >> 16) & 0xFFFF))
     for out, codes in ((first, low), (second, high)):
         byte = codes.int()
-        out.copy_(_select(values, byte | byte << 20, 0x10001, ones))
+        # as a tensor: of the number 0xFFFF the compiler would make a shift and a subtraction
+        out.copy_(_select(values, byte | byte << 20, 0x10001, lambda bit: bit * ones))
 
 
-def decode_turned(out: Tensor, codes: Tensor, scales: Tensor, table: Tensor, ones: Tensor) -> None:
-    """Into the order of `packed._Turned`: out (O/2, I/64, 32) int64; codes (O/2, 2, I/64, 32); scales (O/2, 2, I/64).
+def _columns(out: Tensor, codes: Tensor, scales: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes (O/2, 2, C, 32) and scales (O/2, 2, C) of C pieces of each row.
 
-    An int64 is two columns of two rows: a byte of the one row and the byte below it.
+    Both come flat, from the first of these pieces on; a row has W, the length of `width`. So the strides are worked out
+    here: those of an example would be compiled in.
     """
+    (O2, C), W = out.shape[:2], width.shape[0]
+    return codes.as_strided((O2, 2, C, 32), (64 * W, 32 * W, 32, 1)), scales.as_strided((O2, 2, C), (2 * W, W, 1))
+
+
+def _turn(out: Tensor, codes: Tensor, scales: Tensor, table: Tensor) -> None:
+    """An int64 is two columns of two rows: a byte of the one row and the byte below it."""
     upper, lower = (_values(row, table) for row in scales.unbind(1))
     both = (((upper >> 16) & 0xFFFF) | (lower & -0x10000)).long()
     values = _once((both & 0xFFFFFFFF) | both << 32)
     byte, below = (row.int() for row in codes.unbind(1))
     bytes = (byte | below << 16).long()
-    out.copy_(_select(values, bytes | bytes << 36, 0x1000100010001, ones))
+    out.copy_(_select(values, bytes | bytes << 36, 0x1000100010001, lambda bit: (bit << 16) - bit))
 
 
-def _second(codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> Tensor:
-    """`double.dequantize_scales` as part of a loop.  codes (...) uint8, nested (⌈N/256⌉,), offset (), levels (256,)"""
-    block = (torch.arange(codes.numel(), dtype=torch.int32, device=codes.device) >> 8).view(codes.shape)
-    code, largest = (torch.embedding(t[:, None], i)[..., 0] for t, i in ((levels, codes.int()), (nested, block)))
+def decode_turned(out: Tensor, codes: Tensor, scales: Tensor, width: Tensor, table: Tensor) -> None:
+    """Into the order of `packed._Turned`: out (O/2, C, 32) int64, the rest as in `_columns`."""
+    _turn(out, *_columns(out, codes, scales, width), table)
+
+
+def _second(codes: Tensor, block: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> Tensor:
+    """`double.dequantize_scales` as part of a loop.
+
+    codes (...) uint8 of the blocks (...) int32; nested (⌈N/256⌉,), offset (), levels (256,)
+    """
+    pairs = (levels, codes.int()), (nested, block >> 8)
+    code, largest = (torch.embedding(t[:, None], i)[..., 0] for t, i in pairs)
     return code * largest + offset
+
+
+def _count(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, dtype=torch.int32, device=like.device)
 
 
 def decode_pieces_double(
@@ -91,15 +112,19 @@ def decode_pieces_double(
     levels: Tensor, table: Tensor, ones: Tensor,
 ) -> None:  # fmt: skip
     """`decode_pieces` of doubly quantized scales (N,) uint8."""
-    decode_pieces(first, second, low, high, _second(scales, nested, offset, levels), table, ones)
+    scales = _second(scales, _count(scales.shape[0], scales), nested, offset, levels)
+    decode_pieces(first, second, low, high, scales, table, ones)
 
 
 def decode_turned_double(
-    out: Tensor, codes: Tensor, scales: Tensor, nested: Tensor, offset: Tensor, levels: Tensor, table: Tensor,
-    ones: Tensor,
+    out: Tensor, codes: Tensor, scales: Tensor, width: Tensor, start: Tensor, nested: Tensor, offset: Tensor,
+    levels: Tensor, table: Tensor,
 ) -> None:  # fmt: skip
-    """`decode_turned` of doubly quantized scales (O/2, 2, I/64) uint8."""
-    decode_turned(out, codes, _second(scales, nested, offset, levels), table, ones)
+    """`decode_turned` of doubly quantized scales, uint8, whose first is that of the block `start` () int32."""
+    codes, scales = _columns(out, codes, scales, width)
+    O2, C = out.shape[:2]
+    block = _count(2 * O2, out)[:, None] * width.shape[0] + _count(C, out) + start
+    _turn(out, codes, _second(scales, block.view(scales.shape), nested, offset, levels), table)
 
 
 def decode_scales(out: Tensor, codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> None:
@@ -172,8 +197,8 @@ def number(value: float) -> Tensor:
 
 
 @cache
-def ones(dtype: torch.dtype) -> Tensor:
-    return torch.tensor([0xFFFF], dtype=dtype, device="cpu")
+def ones() -> Tensor:
+    return torch.tensor([0xFFFF], dtype=torch.int32, device="cpu")
 
 
 def _decode_example() -> list[Tensor]:
@@ -182,20 +207,32 @@ def _decode_example() -> list[Tensor]:
     parts = [codes.view(64, 2, 16)[:, i] for i in (0, 1)]
     low, high = (torch.empty_strided((64, 16), (32, 1), dtype=torch.uint8).copy_(part) for part in parts)
     outs = [torch.empty_strided((64, 16), (32, 1), dtype=torch.int32) for _ in parts]
-    return [*outs, low, high, absmax, codebook("nf4"), ones(torch.int32)]
+    return [*outs, low, high, absmax, codebook("nf4"), ones()]
 
 
 def _turned_example() -> list[Tensor]:
-    codes, absmax = encode_ref(_encode_example()[2].view(torch.float32), codebook("nf4"), 64)
-    out = torch.empty(4, 8, 32, dtype=torch.int64).transpose(0, 1)
-    return [out, codes.view(8, 2, 4, 32), absmax.view(8, 2, 4), codebook("nf4"), ones(torch.int64)]
+    """Rows of 5 pieces, of which 4 are decoded."""
+    codes, absmax = encode_ref(_encode_example()[2].view(torch.float32).view(-1)[: 12 * 5 * 64], codebook("nf4"), 64)
+    out = torch.empty(4, 6, 32, dtype=torch.int64).transpose(0, 1)
+    return [out, codes[32:], absmax[1:], torch.ones(5), codebook("nf4")]
 
 
-def _double_example(example: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """The same with made-up scales of 8 bits."""
-    *before, scales, table, one = example()
+def _second_example(scales: Tensor) -> list[Tensor]:
+    """Made-up scales of 8 bits in place of these."""
     codes = torch.arange(scales.numel()).to(torch.uint8).view(scales.shape)
-    return [*before, codes, torch.tensor([0.3, 0.7]), torch.tensor(0.1), codebook("dynamic8"), table, one]
+    return [codes, torch.tensor([0.3, 0.7]), torch.tensor(0.1), codebook("dynamic8")]
+
+
+def _decode_double_example() -> list[Tensor]:
+    *before, scales, table, one = _decode_example()
+    return [*before, *_second_example(scales), table, one]
+
+
+def _turned_double_example() -> list[Tensor]:
+    """All blocks but the first lie in the second of the second level."""
+    out, codes, scales, width, table = _turned_example()
+    scales, *second = _second_example(scales)
+    return [out, codes, scales, width, torch.tensor(255, dtype=torch.int32), *second, table]
 
 
 def _scales_example() -> list[Tensor]:
@@ -212,19 +249,19 @@ def _encode_example() -> list[Tensor]:
 
 _B, _C, _D, _W = "blocks:2", "columns:2", "nested:1", "bytes:16"
 _PIECES: list[dict[int, str] | None] = [{0: _B}] * 5
-_TURNED: list[dict[int, str] | None] = [{0: _B, 1: _C}, {0: _B, 2: _C}, {0: _B, 2: _C}]
-_TWO_LEVELS: list[dict[int, str] | None] = [{0: _D}, None, None, None, None]
+_TURNED: list[dict[int, str] | None] = [{0: _B, 1: _C}, {0: "codes:2"}, {0: "scales:2"}, {0: "width:2"}]
+_TWO_LEVELS: list[dict[int, str] | None] = [{0: _D}, None, None]
 _ONE_LOOP = ("realize_opcount_threshold", "realize_reads_threshold", "max_fusion_size")
 _LARGE: dict[str, object] = dict.fromkeys(_ONE_LOOP, 10**5)
 _UNCHECKED: dict[str, object] = {"assert_indirect_indexing": False}  # a byte is below 256
 SOURCES = {
     "decode": Source(decode_pieces, _decode_example, [*_PIECES, None, None], _LARGE),
     "decode_double": Source(
-        decode_pieces_double, partial(_double_example, _decode_example), _PIECES + _TWO_LEVELS, _LARGE | _UNCHECKED
+        decode_pieces_double, _decode_double_example, [*_PIECES, *_TWO_LEVELS, None, None], _LARGE | _UNCHECKED
     ),
-    "turned": Source(decode_turned, _turned_example, [*_TURNED, None, None], _LARGE),
+    "turned": Source(decode_turned, _turned_example, [*_TURNED, None], _LARGE),
     "turned_double": Source(
-        decode_turned_double, partial(_double_example, _turned_example), _TURNED + _TWO_LEVELS, _LARGE | _UNCHECKED
+        decode_turned_double, _turned_double_example, [*_TURNED, None, *_TWO_LEVELS, None], _LARGE | _UNCHECKED
     ),
     "scales": Source(decode_scales, _scales_example, [{0: _B}, {0: _B}, {0: _B}, None, None], _UNCHECKED),
     "encode": Source(encode_blocks, _encode_example, [{0: _B, 1: _W}, {0: _B}, {0: _B, 1: _W}, None]),

@@ -7,6 +7,7 @@ two roundings, of the product and of the sum (a fused multiply-add gives other b
 0; it is kept so, as the files have it.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from lowrank.kernels.nf4_codec import blocks_of, decision_bounds
 from lowrank.quant import compiled
 from lowrank.quant.codebooks import codebook
-from lowrank.quant.codec import look_up
+from lowrank.quant.codec import COMPILED_PIECE, decodes_compiled, look_up
 
 NESTED_BLOCK = 256
 STEPS = 65535
@@ -52,3 +53,36 @@ def dequantize_scales(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
         return values
     look_up(levels, codes, values)
     return blocks_of(values, NESTED_BLOCK).mul_(nested[:, None]).view(-1)[:n].add_(offset)
+
+
+def decode_double(
+    parts: Sequence[Tensor], format: str, codes: Tensor, scales: Tensor, nested: Tensor, offset: Tensor, block_size: int
+) -> Iterator[Tensor] | None:
+    """`QuantizedTensor.decode_each` by a loop that decodes the scales on the way; None where there is no such loop.
+
+    All views are made before the first call: Python takes several times as long between two calls, which leave nothing
+    of it in the cache.
+    """
+    sizes = [part.numel() // compiled.PIECE for part in parts]
+    whole = all(part.numel() == n * compiled.PIECE and n % 2 == 0 < n for part, n in zip(parts, sizes))
+    usable = all(decodes_compiled(format, part) and part.storage_offset() % 2 == 0 for part in parts)
+    run = compiled.loop("decode_double") if whole and usable and block_size == compiled.PIECE else None
+    if run is None:
+        return None
+    most = COMPILED_PIECE // compiled.PIECE
+    cuts = [[min(most, n - i) for i in range(0, n, most)] for n in sizes]
+    outs = [part.view(torch.int32).view(-1, 2, 16).split(cut) for part, cut in zip(parts, cuts)]
+    every = [n for cut in cuts for n in cut]
+    bytes = codes.contiguous().view(-1, 2, 16)  # loops ask no strides
+    tensors = bytes[:, 0], bytes[:, 1], scales.contiguous()
+    pieces = zip(*(t.split(every) for t in tensors), nested.contiguous().split([-(-n // NESTED_BLOCK) for n in every]))
+    constants = offset, codebook("dynamic8"), codebook(format), compiled.ones()
+    calls = [[[out[:, 0], out[:, 1], *next(pieces), *constants] for out in words] for words in outs]
+
+    def fill() -> Iterator[Tensor]:
+        for part, arguments in zip(parts, calls):
+            for one in arguments:
+                run(one)
+            yield part
+
+    return fill()

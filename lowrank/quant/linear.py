@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lowrank.kernels.dispatch import use_triton
 from lowrank.kernels.nf4_linear import nf4_linear, nf4_linear_dx
-from lowrank.quant.codec import COMPILED_PIECE, decode_into, decodes_compiled, workspace
+from lowrank.quant.codec import decodes_compiled, workspace
 from lowrank.quant.double import NESTED_BLOCK
 from lowrank.quant.formats import parse_format
 from lowrank.quant.packed import (
     PACKED_ROWS,
-    decode_double,
     ordered_product,
     ordered_product_works,
     pack_product,
@@ -31,38 +30,34 @@ from lowrank.quant.packed import (
 )
 from lowrank.quant.tensor import QuantizedTensor
 
+PART = 2**22  # weights that are decoded, then multiplied
 PART_ROWS = 256  # above, the product reads Q from more than one core anyway
 
 
 def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """The values in the shared workspace: good until the next call.  -> (O, I)"""
     out = workspace.take("dense", q.numel, dtype, q.codes.device)
-    if not decode_double(out, q):
-        decode_into(out, q.format, q.codes, q.block_scales(), q.zeros, q.block_size)
-    return out.view(q.shape)
+    (filled,) = q.decode_each([out])
+    return filled.view(q.shape)
 
 
 def product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """x Qᵀ + b, no gradient. Up to PART_ROWS rows of x get their outputs in parts: each part of Q is read while cached.
 
-    A part is what one call decodes, so that each core multiplies what it decoded itself: a part that changes hands
-    can cost more than its decoding.
+    Each core multiplies what it decoded itself: a part that changes hands can cost more than its decoding.
     """
     O, I = q.shape
     each = q.block_size * (NESTED_BLOCK if q.double_quant else 1)
     step = each // math.gcd(each, I)  # rows that end with a block, of the second level too
-    rows = COMPILED_PIECE // max(I * step, 1) * step
+    rows = PART // max(I * step, 1) * step
     if not (0 < rows < O and x.numel() <= PART_ROWS * I and decodes_compiled(q.format, x)):
         return F.linear(x, dense(q, x.dtype), bias)
-    scales, y = None, x.new_empty(*x.shape[:-1], O)
-    for start in range(0, O, rows):
-        end = min(start + rows, O)
-        part = workspace.take("part", (end - start) * I, x.dtype, x.device)  # of its own: each core keeps its lines
-        if not decode_double(part, q, start * I):
-            scales = q.block_scales() if scales is None else scales
-            codes, blocks = (slice(start * I // n, -(-end * I // n)) for n in (2, q.block_size))
-            decode_into(part, q.format, q.codes[codes], scales[blocks], None, q.block_size)
-        y[..., start:end] = F.linear(x, part.view(-1, I), None if bias is None else bias[start:end])
+    y = x.new_empty(*x.shape[:-1], O)
+    part = workspace.take("part", rows * I, x.dtype, x.device)  # of its own: each core keeps its lines
+    outputs, biases = y.split(rows, -1), [None] * O if bias is None else bias.split(rows)
+    weights = q.decode_each([part[: out.shape[-1] * I] for out in outputs])
+    for out, weight, b in zip(outputs, weights, biases):
+        out.copy_(F.linear(x, weight.view(-1, I), b))
     return y
 
 

@@ -9,8 +9,9 @@ product's bits.
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,13 @@ from torch import Tensor
 from lowrank.kernels.nf4_codec import unpack
 from lowrank.quant import compiled
 from lowrank.quant.codebooks import codebook
-from lowrank.quant.codec import COMPILED, COMPILED_PIECE, decodes_compiled, piece_scales
-from lowrank.quant.double import NESTED_BLOCK
+from lowrank.quant.codec import COMPILED, piece_scales
 from lowrank.quant.tensor import QuantizedTensor
 
 PACKED_ROWS = 8  # from here on it is no faster than decoding and a dense product
 GROUPS = (32, 64, 128, 256)
-TURNED_BYTES = 2**28  # of workspaces in a thread
+TURNED_PART, TURNED_PIECE = 2**23, 2**22  # weights of a product, and of a call of the loop
+TURNED_BYTES = 2**27  # of workspaces in a thread
 
 
 def packable(q: QuantizedTensor, x: Tensor) -> bool:
@@ -80,8 +81,8 @@ def ordered_product_works() -> bool:
 class _Turned(threading.local):
     """Workspaces in oneDNN's order of Wᵀ, [I/64][O/2][64][2]: the pair of two rows in each of 64 columns.
 
-    One for each shape, at most TURNED_BYTES together, the oldest dropped first. The order is oneDNN's secret, so each
-    is made from a weight that holds where its elements belong, and is used if they are there.
+    One for each shape of a part, at most TURNED_BYTES together, the oldest dropped first. The order is oneDNN's secret,
+    so each is made from a weight that holds where its elements belong, and is used if they are there.
     """
 
     def __init__(self) -> None:
@@ -114,50 +115,47 @@ def second_level(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor] | None:
     return q.nested_absmax.contiguous(), q.nested_offset, codebook("dynamic8", q.codes.device)
 
 
-def _two_levels(q: QuantizedTensor) -> tuple[Tensor, ...]:
-    """`second_level` where a loop takes both levels at once; else nothing."""
-    return (second_level(q) or ()) if q.block_size == compiled.PIECE else ()
-
-
-def decode_double(out: Tensor, q: QuantizedTensor, start: int = 0) -> bool:
-    """Fill the flat `out` with the weights from `start` on, scales decoded on the way; False where no loop does it."""
-    n, each = out.numel(), NESTED_BLOCK * q.block_size
-    fits = n % (2 * compiled.PIECE) == start % each == out.storage_offset() % 2 == 0 < n
-    double = _two_levels(q) if fits and decodes_compiled(q.format, out) else ()
-    run = compiled.loop("decode_double") if double else None
-    if run is None:
-        return False
-    nested, *rest = double
-    words, codes = out.view(torch.int32).view(-1, 2, 16), q.codes[start // 2 : (start + n) // 2]
-    scales = q.scales[start // q.block_size :][: len(words)].contiguous()  # loops ask no strides
-    codes = codes.contiguous().view(-1, 2, 16)
-    tensors = words[:, 0], words[:, 1], codes[:, 0], codes[:, 1], scales
-    nested = nested[start // each :]
-    for i in range(0, len(words), step := COMPILED_PIECE // compiled.PIECE):
-        run(
-            [t[i : i + step] for t in tensors]
-            + [nested[i // NESTED_BLOCK :], *rest, codebook(q.format), compiled.ones(torch.int32)]
-        )
-    return True
+def _cuts(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """[start, end) in almost equal parts of at most `most`, but of two at least."""
+    parts = max(min(-(-(end - start) // max(most, 1)), (end - start) // 2), 1)
+    return pairwise(start + (end - start) * i // parts for i in range(parts + 1))
 
 
 def turned_product(dy: Tensor, q: QuantizedTensor) -> Tensor | None:
-    """dy Q by a loop that decodes Q straight into oneDNN's order of Qᵀ; None where that cannot be."""
+    """dy Q by a loop that decodes Q straight into oneDNN's order of Qᵀ; None where that cannot be.
+
+    Q is multiplied some columns at a time, and these are decoded some at a time: both stay in the cache for the while.
+    """
     O, I = q.shape
-    fits = O % 2 == 0 and O > 2 and I % max(q.block_size, 64) == 0 and I > 64 and 2 * O * I <= TURNED_BYTES
+    width, weights = I // compiled.PIECE, compiled.PIECE * max(O, 1)  # of pieces of 64 columns
+    parts = list(_cuts(0, width, TURNED_PART // weights))
+    small = 2 * weights * max(end - start for start, end in parts) <= TURNED_BYTES
+    fits = small and O % 2 == 0 and O > 2 and I % max(q.block_size, compiled.PIECE) == 0 and width > 1
     if not fits or dy.dtype != torch.bfloat16 or q.format not in COMPILED or q.block_size < compiled.PIECE:
         return None
-    double = _two_levels(q)
+    double = (second_level(q) or ()) if q.block_size == compiled.PIECE else ()
     run = compiled.loop("turned_double" if double else "turned") if compiled.usable(dy) else None
     if run is None or not (compiled.usable(q.codes) and ordered_product_works()):
         return None
-    weight, words = _turned.take(O, I)
-    if words is None:
-        return None
+    codes = q.codes.contiguous()
     scales = q.scales.contiguous() if double else piece_scales(q.block_scales(), q.block_size)
-    codes = q.codes.contiguous().view(O // 2, 2, -1, 32)
-    run([words, codes, scales.view(O // 2, 2, -1), *double, codebook(q.format), compiled.ones(torch.int64)])
-    return torch.ops.mkldnn._linear_pointwise.default(dy, weight, None, "none", [], "")  # type: ignore[no-any-return]
+    calls = []  # made first, as in `decode_double`
+    for start, end in parts:
+        weight, words = _turned.take(O, (end - start) * compiled.PIECE)
+        if words is None:
+            return None
+        arguments = []
+        for i, j in _cuts(start, end, TURNED_PIECE // weights):
+            first = (torch.tensor(i, dtype=torch.int32), *double) if double else ()
+            inputs = codes[32 * i :], scales[i:], scales[:width], *first, codebook(q.format)
+            arguments.append([words[:, i - start : j - start], *inputs])
+        calls.append((arguments, weight))
+    found = []
+    for arguments, weight in calls:
+        for one in arguments:
+            run(one)
+        found.append(torch.ops.mkldnn._linear_pointwise.default(dy, weight, None, "none", [], ""))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 @cache

@@ -1,7 +1,7 @@
 """QuantizedTensor: codes, scales and, where there is one, the second level, as one value that knows its layout."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank.errors import unknown
 from lowrank.quant.codec import decode_into
-from lowrank.quant.double import NESTED_BLOCK, dequantize_scales, quantize_scales
+from lowrank.quant.double import NESTED_BLOCK, decode_double, dequantize_scales, quantize_scales
 from lowrank.quant.formats import DTYPES, FORMATS, check_block_size, check_finite, parse_format, round_to
 from lowrank.quant.pool import pool
 from lowrank.quant.state import read_state, write_state
@@ -113,8 +113,31 @@ class QuantizedTensor:
             raise ValueError(
                 f"out must be a contiguous {self.shape} of {dtype or out.dtype}, got {tuple(out.shape)} of {out.dtype}"
             )
-        decode_into(out.view(-1), self.format, self.codes, self.block_scales(), self.zeros, self.block_size)
+        for _ in self.decode_each([out.view(-1)]):
+            pass
         return out
+
+    def decode_each(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Fill these flat contiguous tensors with all the weights in turn, one at each step, which returns it.
+
+        All but the last hold whole blocks, of both levels. The same memory may stand there several times.
+        """
+        G, per_byte = self.block_size, 1 if FORMATS[self.format].bits == 8 else 2
+        assert all(part.numel() % (G * (NESTED_BLOCK if self.double_quant else 1)) == 0 for part in parts[:-1])
+        assert sum(part.numel() for part in parts) == self.numel
+        if self.nested_absmax is not None and self.nested_offset is not None:
+            second = self.nested_absmax, self.nested_offset
+            if (filled := decode_double(parts, self.format, self.codes, self.scales, *second, G)) is not None:
+                yield from filled
+                return
+        start, scales = 0, self.block_scales() if self.double_quant else self.scales
+        for part in parts:
+            end = start + part.numel()
+            codes, blocks = self.codes[start // per_byte : -(-end // per_byte)], slice(start // G, -(-end // G))
+            zeros = None if self.zeros is None else self.zeros[blocks]
+            decode_into(part, self.format, codes, scales[blocks], zeros, G)
+            yield part
+            start = end
 
     @property
     def nbytes(self) -> int:

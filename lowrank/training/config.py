@@ -24,7 +24,7 @@ from lowrank.quant.tensor import parse_format
 from lowrank.targets import Targets
 from lowrank.training.loop import TrainConfig
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 ALIASES = {
     "base_model": "model",
@@ -75,7 +75,9 @@ class RunConfig:
     quantize: str | None = "nf4-dq"
     """The frozen base's format: nf4, nf4-dq, fp4, fp4-dq, int8, int4, int4-affine, or null for none."""
 
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
+    """What is computed in: auto takes bfloat16 where the device multiplies it, else float32. A run keeps its choice."""
+
     device: str = "auto"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,5 +1,6 @@
 """A run's folder back to a model with its adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import ConfigError
-from lowrank.models.load import load
+from lowrank.models.load import fast_dtype, load
 from lowrank.store import load_adapter
 from lowrank.training.config import RunConfig, read_config
 
@@ -20,9 +21,16 @@ def run_config(folder: str | Path) -> RunConfig:
     return read_config(path)
 
 
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration with a dtype of its own in place of "auto"."""
+    if config.dtype != "auto":
+        return config
+    return replace(config, dtype=str(fast_dtype(config.device)).removeprefix("torch."))
+
+
 def load_base(config: RunConfig, quantize: str | None) -> tuple[nn.Module, Any]:
     """(model, tokenizer) that a configuration names, in the format `quantize`."""
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, settled(config).dtype)
     return load(config.model, quantize=quantize, dtype=dtype, device=config.device, template=config.data.template)
 
 

@@ -39,7 +39,7 @@ from lowrank.training.config import RunConfig, read_config, to_yaml
 from lowrank.training.contract import contract_of
 from lowrank.training.loop import Run, fit, give_back_memory, peak_memory_mb
 from lowrank.training.material import Examples, Material, read_material, render, validation_batches
-from lowrank.training.reopen import load_base
+from lowrank.training.reopen import load_base, settled
 from lowrank.training.teacher import with_teacher
 
 VALIDATION_EXAMPLES = 96
@@ -54,7 +54,7 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
     """
     settings = read_config(config, overrides)
     folder = run_folder(settings, resume, dry_run)
-    settings = replace(settings, output_dir=str(folder))
+    settings = replace(settled(settings), output_dir=str(folder))
     if resume:
         _require_same(settings, read_config(folder / "config.yaml"), folder)
     material = read_material(settings.data, settings.train.seed, settings.eval.split)
@@ -203,12 +203,13 @@ def _facts(
     stored = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     cut = f", {examples.cut} cut at {config.data.max_length} tokens" if examples.cut else ""
     share = sum(len(e.input_ids) for e in stream if e.kind == "general") / tokens
+    computed = f"computed in {config.dtype}"
     t, counts = config.train, ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     held = f" ({share:.0%} of the tokens general, held by {config.data.general_loss})" if share else ""
     if not share and material.own_general:
         held = f" ({material.own_general} general records left out: data.general_share is 0)"
     return {
-        "model": f"{config.model}, base stored in {config.quantize or config.dtype}: {stored / 1e6:.0f} MB",
+        "model": f"{config.model}, base stored in {config.quantize or config.dtype}: {stored / 1e6:.0f} MB; {computed}",
         "data": f"{material.name}: {counts}; {tokens:,} tokens{held}{cut}",
         "training": f"{steps} steps of {t.batch_size} examples, peak rate {t.lr:g}, seed {t.seed}",
         "memory": f"{peak_memory_mb():,.0f} MB at most so far",

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lowrank.kernels.nf4_codec import decision_bounds, decode_ref, encode_ref
-from lowrank.quant import codec, compiled, packed
+from lowrank.quant import codec, compiled, double, packed
 from lowrank.quant import linear as linear_module
+from lowrank.quant import tensor as tensor_module
 from lowrank.quant.codebooks import codebook
 from lowrank.quant.double import dequantize_scales, quantize_scales
 from lowrank.quant.linear import product_back
@@ -90,19 +91,32 @@ def test_decoding_scales_is_the_reference(blocks: int, monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("as_python")
 def test_decoding_both_levels_at_once_is_the_reference(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """700 rows of 96: 1050 blocks in 5 of the second level, the last one not whole."""
-    monkeypatch.setattr(packed, "COMPILED_PIECE", 2 * 2**14)
+    monkeypatch.setattr(double, "COMPILED_PIECE", 2 * 2**14)
+    used = []
+
+    def decode_double(*arguments: object) -> object:
+        used.append(double.decode_double(*arguments) is not None)
+        return double.decode_double(*arguments)
+
+    monkeypatch.setattr(tensor_module, "decode_double", decode_double)
     q = QuantizedTensor.quantize(torch.randn(700, 96, generator=torch.Generator().manual_seed(0)), format)
     want = decode_ref(q.codes, q.block_scales(), codebook(q.format), q.numel, torch.bfloat16, 64).view(-1)
-    for start, n in ((0, q.numel), (0, 2**14), (2**14, 3 * 2**14), (4 * 2**14, q.numel - 4 * 2**14), (2**14, 128)):
-        out = torch.empty(n, dtype=torch.bfloat16)
-        assert packed.decode_double(out, q, start) and torch.equal(out, want[start : start + n])
-    for start, n in ((64, 128), (0, 64), (0, 0)):  # in the middle of a block of the second level; too small
-        assert not packed.decode_double(torch.empty(n, dtype=torch.bfloat16), q, start)
-    assert not packed.decode_double(torch.empty(128), q)
-    out, gaps = torch.empty(q.numel, dtype=torch.bfloat16), lambda t: t.repeat_interleave(2)[::2]
+    first, last = torch.empty(3 * 2**14, dtype=torch.bfloat16), torch.empty(q.numel - 4 * 2**14, dtype=torch.bfloat16)
+    for parts in ([first, first[: 2**14], last], [torch.empty(q.numel, dtype=torch.bfloat16)]):
+        got = torch.cat([part.clone() for part in q.decode_each(parts)])
+        assert used.pop() and torch.equal(got, want)
+    for odd in (torch.empty(q.numel + 1, dtype=torch.bfloat16)[1:], torch.empty(q.numel)):  # no whole words; fp32
+        (got,) = q.decode_each([odd])
+        assert not used.pop() and torch.equal(got.bfloat16(), want)
+    small = QuantizedTensor.quantize(torch.ones(64), format)
+    assert torch.equal(small.dequantize(torch.bfloat16), torch.ones(64).bfloat16()) and not used.pop()
     assert q.nested_absmax is not None
-    apart = replace(q, codes=gaps(q.codes), scales=gaps(q.scales), nested_absmax=gaps(q.nested_absmax))
-    assert packed.decode_double(out, apart) and torch.equal(out, want)
+    parts_of = {"codes": q.codes, "scales": q.scales, "nested_absmax": q.nested_absmax}
+    apart = replace(q, **{name: part.repeat_interleave(2)[::2] for name, part in parts_of.items()})  # with gaps
+    assert torch.equal(apart.dequantize(torch.bfloat16).view(-1), want) and used.pop()
+    for parts in ([first[:64], first], [first]):  # in the middle of a block of the second level; not all
+        with pytest.raises(AssertionError):
+            list(q.decode_each(parts))
 
 
 @pytest.mark.parametrize("format", ["nf4", "nf4-dq", "fp4-dq", "int4"])
@@ -120,29 +134,44 @@ def test_few_rows_get_their_outputs_in_parts(
 
     monkeypatch.setattr(compiled, "loop", loop)
     for piece in (2**16, 2**30):
-        for module in (codec, packed, linear_module):
-            monkeypatch.setattr(module, "COMPILED_PIECE", piece)
+        for module, name in ((codec, "COMPILED_PIECE"), (double, "COMPILED_PIECE"), (linear_module, "PART")):
+            monkeypatch.setattr(module, name, piece)
         torch.testing.assert_close(linear_module.linear(x, q, bias), want, rtol=2**-7, atol=2**-7)
         torch.testing.assert_close(linear_module.linear(x.repeat(99, 1, 1), q, bias)[:2], want, rtol=2**-7, atol=2**-7)
-    whole = block_size == 64 and columns != 73  # what `decode_double` is for
+    whole = block_size == 64 and columns != 73  # what the loop of that name is for
     assert ("decode_double" in calls) == (format[-2:] == "dq" and whole)
 
 
 @pytest.mark.parametrize(("format", "block_size"), [("nf4-dq", 64), ("fp4", 64), ("int4", 64), ("nf4", 256)])
+@pytest.mark.parametrize(("columns", "piece"), [(256, 2**22), (768, 96 * 64 * 4), (768, 1)])  # in 1, 3 and 6 parts
 @pytest.mark.usefixtures("as_python")
-def test_turned_weights_lie_where_oneDNN_reads_them(format: str, block_size: int) -> None:
+def test_turned_weights_lie_where_oneDNN_reads_them(
+    format: str, block_size: int, columns: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not packed.ordered_product_works():
         pytest.skip("this torch or CPU has no oneDNN product for bf16")
-    q = QuantizedTensor.quantize(torch.randn(96, 256, generator=torch.Generator().manual_seed(0)), format, block_size)
+    monkeypatch.setattr(packed, "TURNED_PART", piece)
+    monkeypatch.setattr(packed, "TURNED_PIECE", piece // 2)
+    monkeypatch.setattr(packed, "_turned", packed._Turned())
+    w = torch.randn(96, columns, generator=torch.Generator().manual_seed(0))
+    q = QuantizedTensor.quantize(w, format, block_size)
     w, dy = q.dequantize(torch.bfloat16), torch.randn(2, 3, 96).bfloat16()
     for grad in (dy, torch.ones(()).bfloat16().expand(2, 3, 96)):
         dx = packed.turned_product(grad, q)
         assert dx is not None
         torch.testing.assert_close(dx, grad @ w, rtol=2**-7, atol=2**-5)
-    words = packed._turned.take(*q.shape)[1]
-    assert words is not None
-    want = w.view(48, 2, 4, 64).permute(0, 2, 3, 1).reshape(48, 4, 128)  # [O/2][I/64][64][2]
+    ((_, last), (_, words)) = packed._turned.kept.popitem()
+    assert last == {2**22: 256, 96 * 64 * 4: 256, 1: 128}[piece] and words is not None
+    want = w[:, -last:].reshape(48, 2, -1, 64).permute(0, 2, 3, 1).reshape(48, -1, 128)  # [O/2][I/64][64][2]
     assert torch.equal(words.contiguous().view(torch.bfloat16), want)
+
+
+def test_a_weight_is_cut_into_parts_of_two_pieces_or_more() -> None:
+    for size in range(1, 40):
+        for most in range(8):
+            parts = list(packed._cuts(5, 5 + size, most))
+            assert [i for start, end in parts for i in range(start, end)] == list(range(5, 5 + size))
+            assert all(min(2, size) <= end - start <= max(most, 3) for start, end in parts)
 
 
 @pytest.mark.usefixtures("as_python")
@@ -199,7 +228,7 @@ for threads in (1, 2):
                 for dtype in (torch.float32, torch.bfloat16):
                     q = tensor.QuantizedTensor.quantize(w.to(dtype), format, block_size)
                     note(*q.parts().values(), q.dequantize(), q.dequantize(torch.float16))
-    for shape, block_size in (((2304, 1024), 64), ((4096, 1024), 256), ((96, 65), 64)):
+    for shape, block_size in (((2304, 1024), 64), ((4096, 1024), 256), ((4096, 2560), 64), ((96, 65), 64)):
         w = torch.randn(shape, generator=draw)
         layer = QuantizedLinear(tensor.QuantizedTensor.quantize(w, "nf4-dq", block_size))
         x = torch.randn(3, shape[1], generator=draw).bfloat16().requires_grad_()
