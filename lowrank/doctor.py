@@ -16,7 +16,14 @@ from lowrank.models.checkpoint import open_checkpoint
 from lowrank.models.fetch import quickstart
 from lowrank.models.load import fast_dtype, quantizable, skeleton
 from lowrank.quant import compiled, packed
+from lowrank.quant.product import bf16_products
 from lowrank.training.run import versions
+
+BF16_PRODUCTS = {
+    "fast": "fast on this CPU",
+    "slow": "half as fast as fp32 on this CPU; quantized layers multiply 64 rows and more in fp32",
+    "none": "none on this CPU; quantized layers multiply in fp32",
+}
 
 
 def report(model: str | None = None) -> str:
@@ -28,7 +35,8 @@ def report(model: str | None = None) -> str:
             f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         )
     )
-    rows.append(("dtype: auto", f"{str(fast_dtype()).removeprefix('torch.')}, what a training run computes in"))
+    rows.append(("bf16 products", BF16_PRODUCTS[bf16_products()]))
+    rows.append(("dtype: auto", str(fast_dtype()).removeprefix("torch.")))
     rows.append(("memory", _memory()))
     rows.append(("GPU", _gpus()))
     rows.append(("kernels", _kernels()))

@@ -22,8 +22,9 @@ from lowrank.kernels.lora_grouped import lora_grouped, lora_grouped_ref
 from lowrank.kernels.lora_linear import Weight, lora_linear
 from lowrank.quant import compiled
 from lowrank.quant.compiled import held, waves
-from lowrank.quant.linear import QuantizedLinear, fresh, product_back
+from lowrank.quant.linear import QuantizedLinear, fresh
 from lowrank.quant.linear import linear as quantized_linear
+from lowrank.quant.product import product_back
 
 HALF = (torch.bfloat16, torch.float16)
 ALONE = 256  # tokens times rank that one thread works through before two would be worth their waiting for each other

@@ -4,7 +4,6 @@ Weights stream: one tensor is read and put into its final form (dtype, or quanti
 memory peaks at the final size and the largest tensor.
 """
 
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from lowrank.models.fetch import quickstart
 from lowrank.models.tokenizer import Tokenizer, tokenizer_of
 from lowrank.quant.formats import parse_format
 from lowrank.quant.linear import QuantizedLinear
+from lowrank.quant.product import bf16_products
 from lowrank.quant.tensor import QuantizedTensor
 
 KEEP = "keep"
@@ -95,18 +95,9 @@ def device_of(device: str | torch.device) -> torch.device:
 
 
 def fast_dtype(device: str | torch.device = "auto") -> torch.dtype:
-    """bfloat16 where the device multiplies it, else float32.
-
-    A CPU without such instructions (AVX2 alone, or AVX-512 without its bf16 part) is told to by converting: training
-    in bf16 takes many times as long there, since torch has no quick product at all for the backward of some shapes.
-    """
-    if device_of(device).type != "cpu":
-        return torch.bfloat16
-    if platform.machine() in ("x86_64", "AMD64"):
-        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        has = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if has else torch.float32
+    """bfloat16 where the device multiplies it, else float32 (`bf16_products`)."""
+    slow = device_of(device).type == "cpu" and bf16_products() == "none"
+    return torch.float32 if slow else torch.bfloat16
 
 
 class _NoInitialValues(TorchFunctionMode):

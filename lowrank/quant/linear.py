@@ -1,10 +1,8 @@
 """A linear layer over a quantized weight: y = x Qᵀ + b, Q decoded in forward and AGAIN in backward.
 
-No dense copy is kept between layers or between forward and backward: Q is decoded into one workspace that all layers
-share, so a frozen weight costs its 4 bits and the largest layer once.
+No dense copy is kept between layers or between forward and backward (`product.py`).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.kernels.dispatch import use_triton
-from lowrank.kernels.nf4_linear import nf4_linear, nf4_linear_dx
-from lowrank.quant.codec import decodes_compiled, workspace
-from lowrank.quant.double import NESTED_BLOCK
+from lowrank.kernels.nf4_linear import nf4_linear
 from lowrank.quant.formats import parse_format
 from lowrank.quant.packed import (
     PACKED_ROWS,
@@ -26,47 +22,9 @@ from lowrank.quant.packed import (
     pack_product,
     packable,
     second_level,
-    turned_product,
 )
+from lowrank.quant.product import product, product_back
 from lowrank.quant.tensor import QuantizedTensor
-
-PART = 2**22  # weights that are decoded, then multiplied
-PART_ROWS = 256  # above, the product reads Q from more than one core anyway
-
-
-def dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """The values in the shared workspace: good until the next call.  -> (O, I)"""
-    out = workspace.take("dense", q.numel, dtype, q.codes.device)
-    (filled,) = q.decode_each([out])
-    return filled.view(q.shape)
-
-
-def product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """x Qᵀ + b, no gradient. Up to PART_ROWS rows of x get their outputs in parts: each part of Q is read while cached.
-
-    Each core multiplies what it decoded itself: a part that changes hands can cost more than its decoding.
-    """
-    O, I = q.shape
-    each = q.block_size * (NESTED_BLOCK if q.double_quant else 1)
-    step = each // math.gcd(each, I)  # rows that end with a block, of the second level too
-    rows = PART // max(I * step, 1) * step
-    if not (0 < rows < O and x.numel() <= PART_ROWS * I and decodes_compiled(q.format, x)):
-        return F.linear(x, dense(q, x.dtype), bias)
-    y = x.new_empty(*x.shape[:-1], O)
-    part = workspace.take("part", rows * I, x.dtype, x.device)  # of its own: each core keeps its lines
-    outputs, biases = y.split(rows, -1), [None] * O if bias is None else bias.split(rows)
-    weights = q.decode_each([part[: out.shape[-1] * I] for out in outputs])
-    for out, weight, b in zip(outputs, weights, biases):
-        out.copy_(F.linear(x, weight.view(-1, I), b))
-    return y
-
-
-def product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
-    """dy Q.  (..., O) -> (..., I)"""
-    if q.format == "nf4" and use_triton(dy, q.codes):
-        return nf4_linear_dx(dy, q.codes, q.scales, q.shape[1], q.block_size, second_level(q))
-    dx = turned_product(dy, q)
-    return dy @ dense(q, dy.dtype) if dx is None else dx
 
 
 class _Linear(torch.autograd.Function):

@@ -14,12 +14,13 @@ import torch
 
 from lowrank.kernels.nf4_codec import decision_bounds, decode_ref, encode_ref
 from lowrank.quant import codec, compiled, double, packed
-from lowrank.quant import linear as linear_module
+from lowrank.quant import product as product_module
 from lowrank.quant import tensor as tensor_module
 from lowrank.quant.codebooks import codebook
 from lowrank.quant.double import dequantize_scales, quantize_scales
-from lowrank.quant.linear import product_back
+from lowrank.quant.linear import linear
 from lowrank.quant.packed import describe
+from lowrank.quant.product import product_back
 from lowrank.quant.tensor import QuantizedTensor
 
 TABLES = ("nf4", "fp4")
@@ -134,10 +135,10 @@ def test_few_rows_get_their_outputs_in_parts(
 
     monkeypatch.setattr(compiled, "loop", loop)
     for piece in (2**16, 2**30):
-        for module, name in ((codec, "COMPILED_PIECE"), (double, "COMPILED_PIECE"), (linear_module, "PART")):
+        for module, name in ((codec, "COMPILED_PIECE"), (double, "COMPILED_PIECE"), (product_module, "PART")):
             monkeypatch.setattr(module, name, piece)
-        torch.testing.assert_close(linear_module.linear(x, q, bias), want, rtol=2**-7, atol=2**-7)
-        torch.testing.assert_close(linear_module.linear(x.repeat(99, 1, 1), q, bias)[:2], want, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(linear(x, q, bias), want, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(linear(x.repeat(99, 1, 1), q, bias)[:2], want, rtol=2**-7, atol=2**-7)
     whole = block_size == 64 and columns != 73  # what the loop of that name is for
     assert ("decode_double" in calls) == (format[-2:] == "dq" and whole)
 

@@ -107,18 +107,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(model_folder, tmp_path) -> None:
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_computes_in_what_the_processor_multiplies(model_folder, tmp_path, monkeypatch, has_bf16, dtype) -> None:
+@pytest.mark.parametrize(("products", "dtype"), [("fast", "bfloat16"), ("slow", "bfloat16"), ("none", "float32")])
+def test_auto_computes_in_what_the_processor_multiplies(model_folder, tmp_path, monkeypatch, products, dtype) -> None:
     """And the run keeps that choice, wherever it is opened."""
-    for name in ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported"):
-        monkeypatch.setattr(f"torch.{name}", lambda: has_bf16)
-    monkeypatch.setattr("lowrank.models.load.platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("lowrank.models.load.bf16_products", lambda: products)
     records(tmp_path / "data.jsonl")
     run = train({}, settings(model_folder, tmp_path, dtype="auto", **{"train.steps": 2}))
     assert run_config(run.folder).dtype == dtype
-    for name in ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported"):
-        monkeypatch.setattr(f"torch.{name}", lambda: not has_bf16)
+    monkeypatch.setattr("lowrank.models.load.bf16_products", lambda: "fast" if products == "none" else "none")
     model, _ = reopen(run.folder)
     assert model.get_parameter("model.norm.weight").dtype == getattr(torch, dtype)
 
