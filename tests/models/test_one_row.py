@@ -85,14 +85,14 @@ def test_logits_are_as_near_to_fp32_as_the_modules(name: str, eager_loops: list[
 
 
 def test_the_real_model_s_logits(smollm2: tuple[Decoder, Any], eager_loops: list[str]) -> None:
-    """30 layers of about ten roundings of 2⁻⁹ each, independent: √300 · 2⁻⁹ = 3 % of the logits, by either way."""
+    """30 layers of about ten roundings of 2⁻⁹ each, independent: √300 · 2⁻⁹ = 3.4 % of the logits, by the modules."""
     exact, tokenizer = smollm2
     ids = tokenizer.encode("The history of the village begins with a river")
     model = copy.deepcopy(exact).to(torch.bfloat16)
     got = by_steps(model, ids)
     with torch.no_grad():
         modules, want = (m(torch.tensor([ids]))[0, 3:] for m in (model, exact))
-    assert distance(got, want) < 1.2 * distance(modules, want) < 0.03
+    assert distance(got, want) < 1.2 * distance(modules, want) and distance(modules, want) < 300**0.5 * 2**-9
     clear = want.topk(2).values
     clear = clear[:, 0] - clear[:, 1] > 0.1 * want.std()  # no near-tie
     assert clear.sum() > 2 and torch.equal(got.argmax(-1)[clear], want.argmax(-1)[clear])
