@@ -1,7 +1,8 @@
 """NF4 on a CPU beside bitsandbytes, bf16 and the limits: python -m bench.bench_quant [--threads N] [--seconds S]
 
-Quantize, dequantize, and a linear layer at M rows: forward with gradients off, and forward + backward. Everything runs
-twice, in processes of their own: with the allocator as it is, and tuned (MALLOC_MMAP_THRESHOLD_ and
+Quantize, dequantize, and a linear layer at M rows: forward with gradients off, and forward + backward, also through
+four layers in a row (times of one): in a model a layer finds its own codes cold, and what they are decoded into warm.
+Everything runs twice, in processes of their own: with the allocator as it is, and tuned (MALLOC_MMAP_THRESHOLD_ and
 MALLOC_TRIM_THRESHOLD_ large, so that freed memory is kept): else page faults are mistaken for arithmetic. Ours has its
 compiled loops, built first (`lowrank doctor --compile`; without a C++ compiler all is eager), and none of them. The
 limits beside each time: the plain bf16 product, and copying as many bytes as the decoded weight has. bitsandbytes is
@@ -9,6 +10,7 @@ measured where it is installed (pip install bitsandbytes==0.50.2). Results are a
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.quant import compiled
 from lowrank.quant.linear import QuantizedLinear, decoded
@@ -81,6 +83,7 @@ def worker(seconds: float) -> None:
         theirs = (their_layer(w, train=True), their_layer(w, train=False))
         for M in ROWS:
             measure_linear(shape, M, w, layer, theirs, seconds)
+            measure_stack(shape, M, size, seconds)
 
 
 def measure_weight(shape: str, w: Tensor, seconds: float) -> None:
@@ -138,6 +141,24 @@ def measure_linear(
     emit(shape, f"forward + backward M={M}", median_ms(calls, seconds))
 
 
+def measure_stack(shape: str, M: int, size: tuple[int, int], seconds: float) -> None:
+    """Four layers in a row, there and back: (O, I) and (I, O) in turn."""
+    ws = [torch.randn(O, I).div(I**0.5).to(torch.bfloat16) for O, I in (size, size[::-1]) * 2]
+    ours = [QuantizedLinear(QuantizedTensor.quantize(w, "nf4", double_quant=True)) for w in ws]
+    contestants = {"ours": nn.Sequential(*ours), "bf16": lambda v: functools.reduce(F.linear, ws, v)}
+    if bitsandbytes() is not None:
+        contestants["bitsandbytes"] = nn.Sequential(*(their_layer(w, train=True) for w in ws))
+    x = torch.randn(M, size[1]).to(torch.bfloat16).requires_grad_()
+    dy = torch.randn(M, size[1]).to(torch.bfloat16)
+    grads = {name: torch.autograd.grad(f(x), x, dy)[0] for name, f in contestants.items()}
+    for got in grads.values():  # the same but for rounding and, of bf16, quantization (10 % a layer)
+        assert (got - grads["ours"]).float().norm() < 0.4 * grads["ours"].float().norm()
+    calls = {name: (lambda f=f: torch.autograd.grad(f(x), x, dy)) for name, f in contestants.items()}
+    calls["ours, eager"] = eager(calls["ours"])
+    times = median_ms(calls, seconds * len(ws))
+    emit(shape, f"4 layers, forward + backward M={M}", {name: ms / len(ws) for name, ms in times.items()})
+
+
 def their_layer(w: Tensor, train: bool) -> Any:
     """Linear4bit over the same weight; in eval mode its first forward repacks it, so each mode has its own."""
     bnb = bitsandbytes()
@@ -157,21 +178,23 @@ def table(allocator: str, rows: list[dict[str, Any]]) -> None:
     names = ("ours", "ours, eager", "ours, kept", "bitsandbytes", "bitsandbytes, eval", "bf16", "copy")
     for shape in SHAPES:
         print(
-            f"\n{shape}, allocator {allocator}, times in ms\n{'':26}", *(f"{n:>18}" for n in names), "   theirs / ours"
+            f"\n{shape}, allocator {allocator}, times in ms\n{'':34}", *(f"{n:>18}" for n in names), "   theirs / ours"
         )
         for row in rows:
             if row["shape"] == shape:
                 ms = row["ms"]
                 cells = [f"{ms[n]:18.3f}" if n in ms else f"{'':18}" for n in names]
                 ratio = f"{ms['bitsandbytes'] / ms['ours']:10.2f}" if "bitsandbytes" in ms else ""
-                print(f"{row['operation']:26}", *cells, ratio)
+                print(f"{row['operation']:34}", *cells, ratio)
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on, the rates of a copy and of a large bf16 product included."""
     w = torch.randn(4096, 4096).to(torch.bfloat16)
     out, x = torch.empty_like(w), torch.randn(1024, 4096).to(torch.bfloat16)
-    ms = median_ms({"copy": lambda: out.copy_(w), "product": lambda: F.linear(x, w)}, 0.5)
+    w32, x32 = w.float(), x.float()
+    products = {"product": lambda: F.linear(x, w), "product32": lambda: F.linear(x32, w32)}
+    ms = median_ms({"copy": lambda: out.copy_(w), **products}, 0.5)
     info = Path("/proc/cpuinfo")
     cpu = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     return {
@@ -184,6 +207,7 @@ def machine() -> dict[str, Any]:
         "bitsandbytes": getattr(bitsandbytes(), "__version__", None),
         "copy_GB_s": round(2 * w.nbytes / ms["copy"] / 1e6, 1),  # read and written
         "product_GFLOP_s": round(2 * 1024 * 4096 * 4096 / ms["product"] / 1e6),
+        "product_fp32_GFLOP_s": round(2 * 1024 * 4096 * 4096 / ms["product32"] / 1e6),
     }
 
 
