@@ -22,7 +22,7 @@ from lowrank.quant.codebooks import codebook
 PIECE = 2**20  # values decoded at a time: 4 MB of fp32
 ENCODE_PIECE = 2**18
 CELLS = 2048
-COMPILED_PIECE = 2**22  # values a call of the compiled loop: they and what is computed for their blocks stay cached
+COMPILED_PIECE = 2**22  # values a call: what is computed for their blocks stays in the cache; whole second levels
 COMPILED = ("nf4", "fp4", "int4")  # c_k · A and no zero point
 SAFE = 2.0**-100, 2.0**100  # where 1 / absmax is a normal number, far from both ends
 

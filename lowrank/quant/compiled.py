@@ -47,8 +47,8 @@ def _once(x: Tensor) -> list[Tensor]:
 def _select(values: list[Tensor], codes: Tensor, bits: int, mask_of: Callable[[Tensor], Tensor]) -> Tensor:
     """The value that each code names; `bits` has a 1 at the first bit of each code, 4 places up.
 
-    `mask_of` makes 0xFFFF of the 1s: a product where one multiplies lanes of 32 bits, a shift and a subtraction in
-    lanes of 64, whose product takes three times as long.
+    `mask_of` makes 0xFFFF of each 1: by a product in lanes of 32 bits; by a shift and a subtraction in lanes of 64,
+    which multiply a third as fast.
     """
     for j in range(4):
         mask = mask_of(codes >> (4 + j) & bits)

@@ -39,7 +39,7 @@ def bf16_products() -> str:
     """How a CPU multiplies bf16: "fast"; "slow", at half the rate of fp32; "none", by converting.
 
     AVX512-BF16 is twice as fast as fp32 on AMD, half as fast on Intel, whose own way is AMX (`bench.bench_quant` prints
-    both rates). With AVX2 alone torch has no quick bf16 product for backward: it takes hundreds of times as long.
+    both rates). With AVX2 alone torch has no quick bf16 product for backward.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return "fast" if _arm_has_bf16() else "none"
