@@ -95,7 +95,7 @@ def device_of(device: str | torch.device) -> torch.device:
 
 
 def fast_dtype(device: str | torch.device = "auto") -> torch.dtype:
-    """bfloat16 where the device multiplies it, else float32 (`bf16_products`)."""
+    """float32 on a CPU that does not multiply bfloat16 (`bf16_products`), else bfloat16."""
     slow = device_of(device).type == "cpu" and bf16_products() == "none"
     return torch.float32 if slow else torch.bfloat16
 

@@ -30,7 +30,7 @@ def normal_codebook(bits: int = 4) -> Tensor:
 
 def _fp4() -> Tensor:
     """bitsandbytes' FP4 by bit pattern: sign, two bits of exponent, one of mantissa; divided by 12."""
-    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
+    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], dtype=torch.float32) / 12
     return torch.cat((magnitudes, -magnitudes)) + 0.0  # code 8 is a second zero, stored as +0
 
 
@@ -42,21 +42,21 @@ def _dynamic_map() -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         middle = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += middle + [-v for v in middle]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def _make(name: str) -> Tensor:
     if name == "nf4":
-        return torch.tensor(NF4)
+        return torch.tensor(NF4, dtype=torch.float32)
     if name == "fp4":
         return _fp4()
     if name == "int4":
-        return torch.arange(-8.0, 8.0)  # code 0 (-8) is never written by us; GGUF's Q4_0 uses it
+        return torch.arange(-8.0, 8.0, dtype=torch.float32)  # code 0 (-8) is never written by us; GGUF's Q4_0 uses it
     if name == "int4-affine":
-        return torch.arange(0.0, 16.0)
+        return torch.arange(0.0, 16.0, dtype=torch.float32)
     if name == "dynamic8":
         return _dynamic_map()
     raise KeyError(name)
@@ -64,5 +64,6 @@ def _make(name: str) -> Tensor:
 
 @cache
 def codebook(name: str, device: torch.device = CPU) -> Tensor:
-    """The values of "nf4", "fp4", "int4", "int4-affine" by code, or "dynamic8", made once per device."""
-    return _make(name).to(device)
+    """The values of "nf4", "fp4", "int4", "int4-affine" by code, or "dynamic8", in fp32, made once per device."""
+    with CPU:  # whatever the default device and dtype are when they are first asked for
+        return _make(name).to(device)

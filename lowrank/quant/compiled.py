@@ -71,8 +71,8 @@ def decode_pieces(
 def _columns(out: Tensor, codes: Tensor, scales: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """The codes (O/2, 2, C, 32) and scales (O/2, 2, C) of C pieces of each row.
 
-    Both come flat, from the first of these pieces on; a row has W, the length of `width`. So the strides are worked out
-    here: those of an example would be compiled in.
+    Both come flat, from the first of these pieces on; a row has W, the length of `width`, of which nothing is read. So
+    the strides are worked out here: those of an example would be compiled in.
     """
     (O2, C), W = out.shape[:2], width.shape[0]
     return codes.as_strided((O2, 2, C, 32), (64 * W, 32 * W, 32, 1)), scales.as_strided((O2, 2, C), (2 * W, W, 1))

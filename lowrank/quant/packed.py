@@ -146,7 +146,7 @@ def turned_product(dy: Tensor, q: QuantizedTensor) -> Tensor | None:
             return None
         arguments = []
         for i, j in _cuts(start, end, TURNED_PIECE // weights):
-            first = (torch.tensor(i, dtype=torch.int32), *double) if double else ()
+            first = (torch.tensor(i, dtype=torch.int32, device="cpu"), *double) if double else ()
             inputs = codes[32 * i :], scales[i:], scales[:width], *first, codebook(q.format)
             arguments.append([words[:, i - start : j - start], *inputs])
         calls.append((arguments, weight))

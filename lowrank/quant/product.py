@@ -31,7 +31,10 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def _arm_has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
 
 
 @cache
@@ -39,7 +42,7 @@ def bf16_products() -> str:
     """How a CPU multiplies bf16: "fast"; "slow", at half the rate of fp32; "none", by converting.
 
     AVX512-BF16 is twice as fast as fp32 on AMD, half as fast on Intel, whose own way is AMX (`bench.bench_quant` prints
-    both rates). With AVX2 alone torch has no quick bf16 product for backward.
+    both rates). Without either, torch has no quick bf16 product for backward.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return "fast" if _arm_has_bf16() else "none"
@@ -71,7 +74,7 @@ def part_rows(q: QuantizedTensor) -> int:
     O, I = q.shape
     each = q.block_size * (NESTED_BLOCK if q.double_quant else 1)
     step = each // math.gcd(each, I)
-    return max(min(PART // max(I * step, 1) * step, O) or O, 1)
+    return max(min(max(PART // max(I * step, 1), 1) * step, O), 1)
 
 
 def parts(q: QuantizedTensor, like: Tensor) -> Iterator[Tensor]:
@@ -114,7 +117,7 @@ def product_back(dy: Tensor, q: QuantizedTensor) -> Tensor:
     if q.numel and in_float32(dy):
         O, I = q.shape
         rows = dy.reshape(dy.shape[:-1].numel(), O).float()
-        total = torch.zeros(len(rows), I)
+        total = rows.new_zeros(len(rows), I)
         for columns, weight in zip(rows.split(part_rows(q), -1), parts_as_float32(q, dy)):
             total.addmm_(columns, weight)
         return total.to(dy.dtype).view(*dy.shape[:-1], I)

@@ -76,7 +76,7 @@ class RunConfig:
     """The frozen base's format: nf4, nf4-dq, fp4, fp4-dq, int8, int4, int4-affine, or null for none."""
 
     dtype: str = "auto"
-    """What is computed in: auto takes bfloat16 where the device multiplies it, else float32. A run keeps its choice."""
+    """What is computed in. auto: float32 on a CPU without bf16 products, else bfloat16; a run keeps its choice."""
 
     device: str = "auto"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -54,9 +54,12 @@ def train(config: Any = None, overrides: Any = (), resume: bool = False, dry_run
     """
     settings = read_config(config, overrides)
     folder = run_folder(settings, resume, dry_run)
-    settings = replace(settled(settings), output_dir=str(folder))
     if resume:
-        _require_same(settings, read_config(folder / "config.yaml"), folder)
+        saved = settled(read_config(folder / "config.yaml"))
+        given = replace(settings, dtype=saved.dtype) if settings.dtype == "auto" else settings
+        settings = replace(given, output_dir=str(folder))
+        _require_same(settings, saved, folder)
+    settings = replace(settled(settings), output_dir=str(folder))
     material = read_material(settings.data, settings.train.seed, settings.eval.split)
     if dry_run:
         return _run(settings, material, folder, resume, dry_run)

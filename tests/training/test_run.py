@@ -118,6 +118,8 @@ def test_auto_computes_in_what_the_processor_multiplies(model_folder, tmp_path, 
     monkeypatch.setattr("lowrank.models.load.bf16_products", lambda: "fast" if products == "none" else "none")
     model, _ = reopen(run.folder)
     assert model.get_parameter("model.norm.weight").dtype == getattr(torch, dtype)
+    again = train({}, settings(model_folder, tmp_path, dtype="auto", **{"train.steps": 2}), resume=True)
+    assert again.folder == run.folder and run_config(run.folder).dtype == dtype
 
 
 def test_a_dry_run_writes_nothing(model_folder, tmp_path) -> None:
