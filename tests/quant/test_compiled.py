@@ -214,7 +214,13 @@ from lowrank.quant import compiled, tensor
 from lowrank.quant.linear import QuantizedLinear, linear
 if sys.argv[1] == "build":
     compiled.build()
-assert (compiled.loop("decode") is None) == (sys.argv[1] == "off"), "not the loops that were asked for"
+if (compiled.loop("decode") is None) != (sys.argv[1] == "off"):  # say why: once it was not taken, for no known reason
+    source, there = compiled.SOURCES["decode"], compiled.package("decode").is_file()
+    want, got = source.example(), source.example()
+    source.function(*want)
+    torch._C._aoti.AOTIModelPackageLoader(str(compiled.package("decode")), "model", False, 1, -1).run(got)
+    alike = [source.alike(a, b) for a, b in zip(want, got)]
+    raise AssertionError(f"not the loops that were asked for; file there: {there}; tried again, alike: {alike}")
 digest = hashlib.sha256()
 def note(*tensors):
     for t in tensors:
