@@ -244,7 +244,7 @@ for name, source in compiled.SOURCES.items():
             source.function(want, *given)
             run([got, *given])
             assert compiled.close(want, got), (name, threads, N, T, R, I, O)
-            assert not torch.equal(got, y), "nothing was written"
+            assert O == 1 or not torch.equal(got, y), "nothing was written"  # one update may be less than half an ulp
             assert all(map(torch.equal, others, given)), "an input was changed"
 """
 
